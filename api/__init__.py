@@ -1,0 +1,1 @@
+"""People and launchers asking: HTTP resources, command line, operations."""

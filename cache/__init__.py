@@ -1,0 +1,1 @@
+"""Bytes that can be fetched again: catalogues, origins, chunk store, manifests."""

@@ -1,0 +1,177 @@
+"""The configuration: one TOML file, then `STRATOCACHE_*` variables, then flags, read once.
+
+Sources are merged in that order into one frozen `Configuration`; unknown keys are refused by name.
+A variable names a key in capitals, with two underscores between a table and its key:
+`STRATOCACHE_STATE_DIR`, `STRATOCACHE_ISCSI__PORT`. Flags are given as dotted keys (`iscsi.port`).
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stratocache.cache.errors import InvalidInput
+
+DEFAULT_PATH = Path("/etc/stratocache/stratocache.toml")
+_PREFIX = "STRATOCACHE_"
+_CONFIG_VARIABLE = "STRATOCACHE_CONFIG"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CatalogueSettings(_Table):
+    """One catalogue: where it is and whom it is believed."""
+
+    kind: Literal["stratuslab"] = "stratuslab"
+    endpoint: str
+    """`http(s)://host/path` of a Marketplace, or `file:///folder` of signed entries."""
+    policy_file: Path | None = None
+    """Site policy in StratusLab's INI form; no file means that no list is applied."""
+    legacy_sha1: Literal["refuse", "allow-pinned", "allow"] = "refuse"
+    trusted_fingerprints: tuple[str, ...] = ()
+    """SHA-256 fingerprints (hexadecimal, colons allowed) of endorsers' certificates."""
+    trusted_ca_file: Path | None = None
+    """PEM bundle of authorities whose certificates endorsers may use."""
+    preferred_endorsers: tuple[str, ...] = ()
+    """E-mail addresses, most preferred first; others follow."""
+
+
+class FetchSettings(_Table):
+    """Downloads: limits that a hostile or slow server meets."""
+
+    connect_timeout_s: Seconds = 10
+    read_timeout_s: Seconds = 60
+    attempts: Annotated[int, Field(ge=1, le=100)] = 4
+    """Tries per location before the next location is taken."""
+    max_image_bytes: Annotated[int, Field(ge=1)] = 2 * 1024**4
+    max_parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    """Images fetched at the same time."""
+
+
+class IscsiSettings(_Table):
+    """The private iSCSI target daemon."""
+
+    address: str = "127.0.0.1"
+    port: Port = 3260
+    tgtd: str = "tgtd"
+    """Program to run, looked up on PATH."""
+
+
+class ApiSettings(_Table):
+    """The HTTP API on its Unix socket."""
+
+    workers: Annotated[int, Field(ge=1, le=32)] = 2
+    threads: Annotated[int, Field(ge=1, le=128)] = 16
+    group: str = "stratocache"
+    """Members of this Unix group are administrators, as root is."""
+
+
+class SpaceSettings(_Table):
+    """Free space that fetches and new disks leave alone."""
+
+    reserve_bytes: Annotated[int, Field(ge=0)] = 1024**3
+
+
+class Configuration(_Table):
+    """Everything an operator can set; made by `load`, never changed afterwards."""
+
+    state_dir: Path = Path("/var/lib/stratocache")
+    run_dir: Path = Path("/run/stratocache")
+    default_catalogue: str = "stratuslab"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    catalogues: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], CatalogueSettings] = {}
+    fetch: FetchSettings = FetchSettings()
+    iscsi: IscsiSettings = IscsiSettings()
+    api: ApiSettings = ApiSettings()
+    space: SpaceSettings = SpaceSettings()
+
+    @property
+    def database(self) -> Path:
+        """The state database."""
+        return self.state_dir / "state.db"
+
+    @property
+    def api_socket(self) -> Path:
+        """The Unix socket that the HTTP API listens on."""
+        return self.run_dir / "api.sock"
+
+    @property
+    def poke_socket(self) -> Path:
+        """The datagram socket that tells `blockd` to look at the state database."""
+        return self.run_dir / "poke.sock"
+
+    @property
+    def blocks(self) -> Path:
+        """The FUSE mount."""
+        return self.run_dir / "blocks"
+
+
+def load(
+    path: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Configuration:
+    """Read and check the configuration.
+
+    `path` must exist when given; else the variable `STRATOCACHE_CONFIG` names the file, else the
+    default path is read when it exists. Raises `InvalidInput` with code `configuration-invalid`,
+    `configuration-missing` or `configuration-unreadable`; the message names file and key.
+    """
+    environment = os.environ if environment is None else environment
+    chosen = path or (
+        Path(environment[_CONFIG_VARIABLE]) if _CONFIG_VARIABLE in environment else None
+    )
+    tree = _read_file(chosen or DEFAULT_PATH, required=chosen is not None)
+    for name, text in environment.items():
+        if name.startswith(_PREFIX) and name != _CONFIG_VARIABLE:
+            _put(tree, name.removeprefix(_PREFIX).lower().split("__"), text, name)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(tree, key.split("."), value, key)
+    try:
+        return Configuration.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, chosen or DEFAULT_PATH) from None
+
+
+def _read_file(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise InvalidInput(
+            "configuration-missing", f"{path} does not exist; give the path of a TOML file."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput(
+            "configuration-unreadable", f"{path} cannot be read as TOML: {error}."
+        ) from None
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any, source: str) -> None:
+    node = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise InvalidInput("configuration-invalid", f"{source}: {key} is not a table.")
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError, path: Path) -> InvalidInput:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        sentence = f"Unknown configuration key {key} (file {path}, variables or flags); remove it."
+    else:
+        sentence = f"Configuration key {key} (file {path}, variables or flags): {first['msg']}."
+    return InvalidInput("configuration-invalid", sentence, field=key)

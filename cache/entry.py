@@ -1,0 +1,57 @@
+"""What a reference resolves to: one immutable record that images and disks keep."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Compression = Literal["none", "gz", "bz2", "xz", "zst"]
+ImageFormat = Literal["raw", "qcow2"]
+Trust = Literal["signed", "legacy-sha1", "unsigned"]
+
+
+class Endorser(BaseModel):
+    """Who signed an entry: the identity in the document, proven by the certificate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    email: str
+    subject: str
+    issuer: str
+    fingerprint_sha256: str = ""
+    """Lower-case hexadecimal SHA-256 of the signing certificate; empty when unsigned."""
+
+
+class Entry(BaseModel):
+    """One endorsement of one image, as its catalogue gave it and after its signature was judged.
+
+    `size_bytes` and `digests` describe the decompressed file that a location serves. For the raw
+    format these are the image's own; for qcow2 they are those of the container, whose virtual disk
+    becomes the image. `digests` maps `sha1`, `sha256`, `sha512` or `md5` to lower-case hexadecimal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    catalogue: str
+    identifier: str
+    size_bytes: int = Field(ge=0)
+    digests: dict[str, str]
+    locations: tuple[str, ...]
+    compression: Compression = "none"
+    format: ImageFormat = "raw"
+    endorser: Endorser
+    endorsed_at: datetime
+    trust: Trust
+    valid_until: datetime | None = None
+    deprecated: str | None = None
+    """The reason that the endorser gave; an empty text is deprecated too."""
+    kind: str | None = None
+    title: str | None = None
+    description: str | None = None
+    os: str | None = None
+    os_version: str | None = None
+    os_arch: str | None = None
+    version: str | None = None
+    tag: str | None = None
+    source: str = ""
+    """The URL or path that the document was read from."""

@@ -1,0 +1,1 @@
+"""Bytes as block devices: FUSE tree, overlay disks, iSCSI targets, the supervisor."""

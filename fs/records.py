@@ -1,0 +1,135 @@
+"""Rows of the state database as typed, frozen records."""
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from typing import Any, Literal, NewType
+
+from stratocache.cache.entry import Entry
+
+DiskUuid = NewType("DiskUuid", str)
+ImageId = NewType("ImageId", str)
+
+DiskForm = Literal["overlay", "raw"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A cached image, or one on its way in or out."""
+
+    number: int
+    id: ImageId
+    state: Literal["fetching", "verified", "deleting"]
+    size_bytes: int | None
+    sha256: str | None
+    entry: Entry
+    pinned: bool
+    created_at: str
+    verified_at: str | None
+    last_used_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A block device that somebody owns."""
+
+    number: int
+    uuid: DiskUuid
+    state: Literal["creating", "available", "deleting"]
+    size_bytes: int
+    base_image: ImageId | None
+    form: DiskForm | None
+    owner: str
+    tag: str
+    visibility: Literal["private", "public"]
+    kind: Literal["machine", "data", "readonly"]
+    volatile: bool
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A disk or image exported to one instance."""
+
+    number: int
+    id: str
+    disk_uuid: DiskUuid | None
+    image_id: ImageId | None
+    instance: str
+    role: Literal["boot", "disk", "readonly"]
+    position: int
+    access: Literal["rw", "ro"]
+    initiator: str | None
+    chap_username: str
+    chap_secret: str
+    state: Literal["wanted", "ready", "removing"]
+    owner: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """An instance that was launched here and has not been halted."""
+
+    instance: str
+    operation_id: str
+    request: dict[str, Any]
+    state: Literal["preparing", "active", "ending"]
+    boot_disk: DiskUuid | None
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Work that was asked for, with its progress and its end."""
+
+    id: str
+    kind: str
+    subject: str
+    state: Literal["pending", "running", "done", "failed", "cancelled"]
+    request: dict[str, Any]
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    progress_bytes: int
+    total_bytes: int | None
+    cancel_requested: bool
+    owner: str
+    created_at: str
+    updated_at: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in ("done", "failed", "cancelled")
+
+
+def image_from(row: sqlite3.Row) -> Image:
+    """Read an `images` row."""
+    fields = dict(row)
+    fields["entry"] = Entry.model_validate_json(row["entry"])
+    fields["pinned"] = bool(row["pinned"])
+    return Image(**fields)
+
+
+def disk_from(row: sqlite3.Row) -> Disk:
+    """Read a `disks` row."""
+    return Disk(**{**dict(row), "volatile": bool(row["volatile"])})
+
+
+def attachment_from(row: sqlite3.Row) -> Attachment:
+    """Read an `attachments` row."""
+    return Attachment(**dict(row))
+
+
+def launch_from(row: sqlite3.Row) -> Launch:
+    """Read a `launches` row."""
+    return Launch(**{**dict(row), "request": json.loads(row["request"])})
+
+
+def operation_from(row: sqlite3.Row) -> Operation:
+    """Read an `operations` row."""
+    fields = dict(row)
+    for name in ("request", "result", "error"):
+        fields[name] = json.loads(row[name]) if row[name] is not None else None
+    fields["cancel_requested"] = bool(row["cancel_requested"])
+    return Operation(**fields)

@@ -1,0 +1,102 @@
+"""The state database's schema: numbered migrations; this text is the reference for every column.
+
+Times are RFC 3339 UTC text with microseconds. JSON columns hold one object each. A migration is
+applied once, in one transaction, and `PRAGMA user_version` counts those applied; never edit one
+that has been released, add the next.
+"""
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE images (
+        number       INTEGER PRIMARY KEY AUTOINCREMENT, -- FUSE inode number follows from it; never reused
+        id           TEXT NOT NULL UNIQUE,  -- Marketplace identifier, 27 base-64 digits
+        state        TEXT NOT NULL CHECK (state IN ('fetching', 'verified', 'deleting')),
+        size_bytes   INTEGER,               -- of the raw image; NULL until verified
+        sha256       TEXT,                  -- of the raw image, hexadecimal; NULL until verified
+        entry        TEXT NOT NULL,         -- JSON of the entry that was judged and fetched
+        pinned       INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1)), -- 1 = never evicted
+        created_at   TEXT NOT NULL,
+        verified_at  TEXT,                  -- when the whole digest was proven; NULL before
+        last_used_at TEXT                   -- last clone or attachment; NULL = never
+    ) STRICT;
+
+    CREATE TABLE disks (
+        number     INTEGER PRIMARY KEY AUTOINCREMENT, -- as in images
+        uuid       TEXT NOT NULL UNIQUE,    -- version 4, lower case; also the directory below disks/
+        state      TEXT NOT NULL CHECK (state IN ('creating', 'available', 'deleting')),
+        size_bytes INTEGER NOT NULL CHECK (size_bytes > 0),
+        base_image TEXT REFERENCES images (id), -- NULL = blank disk; else holds the image
+        form       TEXT CHECK (form IN ('overlay', 'raw')), -- NULL until created
+        owner      TEXT NOT NULL,           -- user name of the creator
+        tag        TEXT NOT NULL DEFAULT '', -- free text for people, at most 40 characters
+        visibility TEXT NOT NULL CHECK (visibility IN ('private', 'public')),
+        kind       TEXT NOT NULL CHECK (kind IN ('machine', 'data', 'readonly')),
+        volatile   INTEGER NOT NULL CHECK (volatile IN (0, 1)), -- 1 = deleted when detached
+        created_at TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX disks_by_base ON disks (base_image);
+
+    CREATE TABLE launches (
+        instance     TEXT PRIMARY KEY,      -- id of the VM, given by whoever launches it
+        operation_id TEXT NOT NULL UNIQUE REFERENCES operations (id),
+        request      TEXT NOT NULL,         -- JSON of what was asked, to recognise a repetition
+        state        TEXT NOT NULL CHECK (state IN ('preparing', 'active', 'ending')),
+        boot_disk    TEXT,                  -- uuid of the clone; NULL until it is made
+        created_at   TEXT NOT NULL
+    ) STRICT;
+
+    CREATE TABLE attachments (
+        number      INTEGER PRIMARY KEY AUTOINCREMENT, -- the target id in tgtd; never reused
+        id          TEXT NOT NULL UNIQUE,   -- version 4 UUID; the last part of the target's IQN
+        disk_uuid   TEXT REFERENCES disks (uuid), -- exactly one of disk_uuid and image_id is set
+        image_id    TEXT REFERENCES images (id),
+        instance    TEXT NOT NULL,
+        role        TEXT NOT NULL CHECK (role IN ('boot', 'disk', 'readonly')),
+        position    INTEGER NOT NULL,       -- order within the instance, boot first
+        access      TEXT NOT NULL CHECK (access IN ('rw', 'ro')),
+        initiator   TEXT,                   -- only this initiator name may log in; NULL = any
+        chap_username TEXT NOT NULL,
+        chap_secret TEXT NOT NULL,          -- fresh per attachment; needed to rebuild the target
+        state       TEXT NOT NULL CHECK (state IN ('wanted', 'ready', 'removing')),
+        owner       TEXT NOT NULL,
+        created_at  TEXT NOT NULL,
+        CHECK ((disk_uuid IS NULL) <> (image_id IS NULL)),
+        CHECK (image_id IS NULL OR access = 'ro')
+    ) STRICT;
+    -- the exclusive read-write attachment, enforced where no race can pass it
+    CREATE UNIQUE INDEX attachments_exclusive ON attachments (disk_uuid) WHERE access = 'rw';
+    CREATE UNIQUE INDEX attachments_once ON attachments (instance, disk_uuid);
+    CREATE UNIQUE INDEX attachments_image_once ON attachments (instance, image_id);
+    CREATE INDEX attachments_by_image ON attachments (image_id);
+
+    CREATE TABLE operations (
+        id             TEXT PRIMARY KEY,    -- version 4 UUID
+        kind           TEXT NOT NULL CHECK (kind IN (
+            'fetch', 'launch', 'halt', 'delete-image', 'create-disk', 'delete-disk', 'attach', 'detach'
+        )),
+        subject        TEXT NOT NULL,       -- image id, disk uuid, attachment id or instance
+        state          TEXT NOT NULL CHECK (state IN (
+            'pending', 'running', 'done', 'failed', 'cancelled'
+        )),
+        request        TEXT NOT NULL,       -- JSON of what was asked
+        result         TEXT,                -- JSON; NULL until done
+        error          TEXT,                -- JSON error record; NULL unless failed or cancelled
+        progress_bytes INTEGER NOT NULL DEFAULT 0,
+        total_bytes    INTEGER,             -- NULL = not known
+        cancel_requested INTEGER NOT NULL DEFAULT 0 CHECK (cancel_requested IN (0, 1)),
+        owner          TEXT NOT NULL,
+        created_at     TEXT NOT NULL,
+        updated_at     TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX operations_open ON operations (state) WHERE state IN ('pending', 'running');
+    CREATE INDEX operations_by_subject ON operations (subject);
+
+    CREATE TABLE events (
+        number  INTEGER PRIMARY KEY AUTOINCREMENT,
+        at      TEXT NOT NULL,
+        kind    TEXT NOT NULL,              -- stable, dotted: image.verified, disk.created
+        subject TEXT NOT NULL,              -- as in operations
+        message TEXT NOT NULL               -- one sentence for people; never a secret
+    ) STRICT;
+    """,
+)

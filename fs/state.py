@@ -1,0 +1,130 @@
+"""The state database: the only contract between the API, `blockd` and the command line.
+
+SQLite in WAL mode with `synchronous=FULL`: what a committed transaction says survives power loss.
+Each thread has its own connection. Readers never wait; writers wait for one another at most
+`BUSY_TIMEOUT_S`. The schema is in `stratocache.fs.schema`.
+"""
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stratocache.cache.errors import Internal
+from stratocache.fs.schema import MIGRATIONS
+
+BUSY_TIMEOUT_S = 10
+
+
+class Database:
+    """One state database, opened lazily by each thread that uses it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._opened: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """This thread's connection, in autocommit mode with rows by name."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._open()
+            self._local.connection = connection
+        return connection
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        with self._lock:
+            self._opened.append(connection)
+        return connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run a block as one write transaction; an exception rolls all of it back."""
+        connection = self.connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        """Return all rows of a query."""
+        return self.connection.execute(query, values).fetchall()
+
+    def row(self, query: str, *values: Any) -> sqlite3.Row | None:
+        """Return the first row of a query, or None."""
+        found: sqlite3.Row | None = self.connection.execute(query, values).fetchone()
+        return found
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection has committed (PRAGMA data_version)."""
+        version: int = self.connection.execute("PRAGMA data_version").fetchone()[0]
+        return version
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; refuse a database that newer code has written.
+
+        Creates the file with mode 0600, as it holds CHAP secrets. Raises `Internal` with code
+        `state-too-new`.
+        """
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        with self._lock_file(), closing(self._open()) as connection:
+            version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(MIGRATIONS):
+                raise Internal(
+                    "state-too-new",
+                    f"{self.path} was written by a newer Stratocache (schema {version}, this one "
+                    f"knows {len(MIGRATIONS)}); install that version again.",
+                )
+            for number in range(version, len(MIGRATIONS)):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+                )
+            with self._lock:
+                self._opened.remove(connection)
+
+    @contextmanager
+    def _lock_file(self) -> Iterator[None]:
+        descriptor = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close every thread's connection."""
+        with self._lock:
+            opened, self._opened = self._opened, []
+        for connection in opened:
+            connection.close()
+        self._local = threading.local()
+
+
+def now() -> str:
+    """Return the present time as the database stores it: RFC 3339, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def record_event(connection: sqlite3.Connection, kind: str, subject: str, message: str) -> None:
+    """Append an event within the caller's transaction."""
+    connection.execute(
+        "INSERT INTO events (at, kind, subject, message) VALUES (?, ?, ?, ?)",
+        (now(), kind, subject, message),
+    )
