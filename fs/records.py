@@ -11,6 +11,42 @@ DiskUuid = NewType("DiskUuid", str)
 ImageId = NewType("ImageId", str)
 
 DiskForm = Literal["overlay", "raw"]
+Visibility = Literal["private", "public"]
+DiskKind = Literal["machine", "data", "readonly"]
+Access = Literal["rw", "ro"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: a user name, and whether everything is allowed to them."""
+
+    name: str
+    administrator: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRequest:
+    """A disk that somebody wants: blank of a size, or a clone of a reference (grown to a size)."""
+
+    size_bytes: int | None = None
+    reference: str | None = None
+    tag: str = ""
+    visibility: Visibility = "private"
+    kind: DiskKind = "data"
+    volatile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """A VM that somebody wants to boot: a clone of `reference` and what else it sees."""
+
+    reference: str
+    instance: str
+    size_bytes: int | None = None
+    disks: tuple[str, ...] = ()
+    readonly: tuple[str, ...] = ()
+    initiator: str | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +77,8 @@ class Disk:
     form: DiskForm | None
     owner: str
     tag: str
-    visibility: Literal["private", "public"]
-    kind: Literal["machine", "data", "readonly"]
+    visibility: Visibility
+    kind: DiskKind
     volatile: bool
     created_at: str
 
@@ -58,7 +94,7 @@ class Attachment:
     instance: str
     role: Literal["boot", "disk", "readonly"]
     position: int
-    access: Literal["rw", "ro"]
+    access: Access
     initiator: str | None
     chap_username: str
     chap_secret: str

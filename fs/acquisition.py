@@ -1,0 +1,212 @@
+"""Getting an image into the cache once, however many operations wait for it.
+
+A *flight* is the one fetch of one image. Every waiter that asks for an image whose flight is up
+joins it; the flight is cancelled when its last waiter is, and then nothing of it is left. A flight
+that process death interrupts is taken up by the operation that is run again: its stage directory
+is kept as long as an operation that may want it is open (`tidy`).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import trio
+
+from stratocache.cache.catalogue import Catalogues
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.entry import Entry
+from stratocache.cache.errors import Cancelled, Conflict, Internal, StratocacheError
+from stratocache.cache.fetch import FetchedImage, Fetcher
+from stratocache.cache.identifier import is_identifier
+from stratocache.cache.images import ImageStore
+from stratocache.cache.reference import Reference, parse
+from stratocache.fs import inventory
+from stratocache.fs.records import Image
+from stratocache.fs.state import Database, now, record_event
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[int, int | None], None]
+"""Called with bytes done and bytes in all (None = not known)."""
+
+
+@dataclass
+class _Flight:
+    entry: Entry
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    landed: trio.Event = field(default_factory=trio.Event)
+    waiters: int = 0
+    done_bytes: int = 0
+    total_bytes: int | None = None
+    reports: list[Report] = field(default_factory=list)
+    error: StratocacheError | None = None
+
+
+class Acquisition:
+    """Resolves references and keeps one flight per image; flights run in `nursery`."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        db: Database,
+        catalogues: Catalogues,
+        fetcher: Fetcher,
+        images: ImageStore,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._configuration = configuration
+        self._db = db
+        self._catalogues = catalogues
+        self._fetcher = fetcher
+        self._images = images
+        self._nursery = nursery
+        self._flights: dict[str, _Flight] = {}
+        self._slots = trio.CapacityLimiter(configuration.fetch.max_parallel)
+
+    async def acquire(self, text: str, report: Report) -> Image:
+        """Return the verified image that a reference means, fetching it when it is not here.
+
+        A cached image is judged again by its stored entry, without its catalogue. Raises what
+        resolving, judging or fetching raises.
+        """
+        cached = self._cached(text)
+        if cached is not None:
+            self._catalogues.recheck(cached.entry, now=datetime.now(UTC))
+            return cached
+        entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
+        while True:
+            image = inventory.find_image(self._db, entry.identifier)
+            if image is not None and image.state == "verified":
+                return image
+            if image is not None and image.state == "deleting":
+                raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
+            await self._wait_for_flight(entry, report)
+
+    def _cached(self, text: str) -> Image | None:
+        reference = parse(
+            text,
+            self._configuration.default_catalogue,
+            {name: item.endpoint for name, item in self._configuration.catalogues.items()},
+        )
+        if not is_identifier(reference.path):
+            return None
+        image = inventory.find_image(self._db, reference.path)
+        if image is None or image.state != "verified" or not _same(reference, image.entry):
+            return None
+        return image
+
+    async def _wait_for_flight(self, entry: Entry, report: Report) -> None:
+        flight = self._flights.get(entry.identifier)
+        if flight is not None and flight.scope.cancel_called:
+            await flight.landed.wait()
+            return  # it was going down; the caller looks again and starts its own
+        if flight is None:
+            flight = _Flight(entry)
+            self._flights[entry.identifier] = flight
+            self._nursery.start_soon(self._fly, flight)
+        flight.waiters += 1
+        flight.reports.append(report)
+        report(flight.done_bytes, flight.total_bytes)
+        try:
+            await flight.landed.wait()
+        finally:
+            flight.waiters -= 1
+            flight.reports.remove(report)
+            if flight.waiters == 0 and not flight.landed.is_set():
+                flight.scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await flight.landed.wait()
+        if flight.error is not None:
+            raise flight.error
+
+    async def _fly(self, flight: _Flight) -> None:
+        identifier = flight.entry.identifier
+        try:
+            with flight.scope:
+                async with self._slots:
+                    await trio.to_thread.run_sync(self._begin, flight.entry)
+                    fetched = await self._fetcher.fetch(flight.entry, _progress(flight))
+                    await trio.to_thread.run_sync(self._land, fetched)
+            if flight.scope.cancelled_caught:
+                flight.error = Cancelled("cancelled", "The fetch was cancelled; nothing is kept.")
+        except StratocacheError as error:
+            flight.error = error
+        except Exception as error:
+            log.exception("fetch of %s failed", identifier)
+            flight.error = Internal("internal", f"Fetching {identifier} failed: {error!r}.")
+        finally:
+            del self._flights[identifier]
+            if flight.error is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._abandon, identifier)
+            flight.landed.set()
+
+    def _begin(self, entry: Entry) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(
+                "INSERT INTO images (id, state, entry, created_at) VALUES (?, 'fetching', ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET entry = excluded.entry",
+                (entry.identifier, entry.model_dump_json(), now()),
+            )
+
+    def _land(self, fetched: FetchedImage) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(
+                "UPDATE images SET state = 'verified', size_bytes = ?, sha256 = ?, verified_at = ? "
+                "WHERE id = ?",
+                (fetched.size_bytes, fetched.sha256, now(), fetched.identifier),
+            )
+            record_event(
+                connection, "image.verified", fetched.identifier,
+                f"Image {fetched.identifier} is complete, its digests are proven.",
+            )  # fmt: skip
+
+    def _abandon(self, identifier: str) -> None:
+        self._fetcher.discard(identifier)
+        self._images.remove(identifier)
+        with self._db.transaction() as connection:
+            connection.execute(
+                "DELETE FROM images WHERE id = ? AND state = 'fetching'", (identifier,)
+            )
+
+    def tidy(self) -> None:
+        """Drop images that are neither complete nor in flight, unless an operation may want them.
+
+        Called at start and whenever an operation has ended. Blocks on file I/O.
+        """
+        wanted = self._db.row(
+            "SELECT 1 FROM operations WHERE state IN ('pending', 'running') "
+            "AND kind IN ('fetch', 'launch', 'create-disk')"
+        )
+        if wanted is not None:
+            return
+        for image in inventory.images(self._db):
+            if image.state == "fetching" and image.id not in self._flights:
+                self._abandon(image.id)
+
+    def sweep(self) -> None:
+        """At start, delete whatever files no row of the state database accounts for."""
+        self.tidy()
+        rows = inventory.images(self._db)
+        for identifier in set(self._images.identifiers()) - {image.id for image in rows}:
+            self._images.remove(identifier)
+        self._fetcher.sweep({image.id for image in rows})
+
+
+def _same(reference: Reference, entry: Entry) -> bool:
+    if reference.catalogue != entry.catalogue:
+        return False
+    if reference.pin is None:
+        return True
+    algorithm, digest = reference.pin
+    return entry.digests.get(algorithm) == digest
+
+
+def _progress(flight: _Flight) -> Report:
+    def note(done_bytes: int, total_bytes: int | None) -> None:
+        flight.done_bytes, flight.total_bytes = done_bytes, total_bytes
+        for report in flight.reports:
+            report(done_bytes, total_bytes)
+
+    return note

@@ -1,0 +1,359 @@
+"""Writes of the state database on behalf of users: what should be, and work that is asked for.
+
+Each function is one transaction that checks every rule and either records the whole intent or
+raises and records nothing. The caller pokes `blockd` afterwards; `blockd` makes it so
+(`stratocache.fs.reconciler`, `stratocache.fs.operations`). Limits on single values are checked at
+the edge, in `stratocache.api.models`.
+"""
+
+import json
+import secrets
+import sqlite3
+import uuid as uuid_module
+from dataclasses import asdict
+from typing import Any
+
+from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
+from stratocache.fs import inventory, records
+from stratocache.fs.records import (
+    Access,
+    Attachment,
+    Caller,
+    Disk,
+    DiskRequest,
+    Image,
+    LaunchRequest,
+    Operation,
+    Visibility,
+)
+from stratocache.fs.state import Database, now, record_event
+
+_CHAP_SECRET_BYTES = (
+    12  # 16 characters: the longest that every initiator accepts (RFC 7143, 12.1.3)
+)
+
+
+def request_fetch(db: Database, caller: Caller, reference: str, *, pin: bool = False) -> Operation:
+    """Ask for an image to be in the cache."""
+    with db.transaction() as connection:
+        return add_operation(
+            connection, caller, "fetch", reference, {"reference": reference, "pin": pin}
+        )
+
+
+def request_image_deletion(db: Database, caller: Caller, image_id: str) -> Operation:
+    """Ask for an image to leave the cache.
+
+    Raises `Conflict` (`image-in-use`, `image-pinned`, `image-busy`) and `NotFound`.
+    """
+    _require_administrator(caller)
+    with db.transaction() as connection:
+        image = inventory.image(db, image_id)
+        if image.state == "fetching":
+            raise Conflict("image-busy", f"Image {image_id} is being fetched; cancel that first.")
+        if image.pinned:
+            raise Conflict("image-pinned", f"Image {image_id} is pinned; unpin it first.")
+        _refuse_used_image(db, image_id)
+        connection.execute("UPDATE images SET state = 'deleting' WHERE id = ?", (image_id,))
+        return add_operation(connection, caller, "delete-image", image_id, {})
+
+
+def _refuse_used_image(db: Database, image_id: str) -> None:
+    clone = db.row("SELECT uuid FROM disks WHERE base_image = ?", image_id)
+    if clone is not None:
+        raise Conflict("image-in-use", f"Image {image_id} is the base of disk {clone['uuid']}.")
+    held = db.row("SELECT instance FROM attachments WHERE image_id = ?", image_id)
+    if held is not None:
+        raise Conflict("image-in-use", f"Image {image_id} is attached to {held['instance']}.")
+
+
+def set_pin(db: Database, caller: Caller, image_id: str, pinned: bool) -> Image:
+    """Pin or unpin an image; doing so twice is no error."""
+    _require_administrator(caller)
+    with db.transaction() as connection:
+        inventory.image(db, image_id)
+        connection.execute("UPDATE images SET pinned = ? WHERE id = ?", (pinned, image_id))
+    return inventory.image(db, image_id)
+
+
+def create_disk(db: Database, caller: Caller, request: DiskRequest) -> Operation:
+    """Ask for a disk; the operation's subject is its UUID.
+
+    Raises `InvalidInput` (`size-missing`) for a blank disk without a size.
+    """
+    if request.reference is None and request.size_bytes is None:
+        raise InvalidInput(
+            "size-missing", "Give a size, or a reference to clone.", field="size_bytes"
+        )
+    uuid = str(uuid_module.uuid4())
+    with db.transaction() as connection:
+        if request.reference is None:
+            insert_disk(connection, caller.name, uuid, request)
+        return add_operation(connection, caller, "create-disk", uuid, asdict(request))
+
+
+def update_disk(
+    db: Database,
+    caller: Caller,
+    uuid: str,
+    *,
+    tag: str | None = None,
+    visibility: Visibility | None = None,
+    owner: str | None = None,
+) -> Disk:
+    """Change what is written about a disk; None leaves a field as it is."""
+    with db.transaction() as connection:
+        disk = _own_disk(db, caller, uuid)
+        if owner is not None and owner != disk.owner:
+            _require_administrator(caller)
+        connection.execute(
+            "UPDATE disks SET tag = coalesce(?, tag), visibility = coalesce(?, visibility), "
+            "owner = coalesce(?, owner) WHERE uuid = ?",
+            (tag, visibility, owner, uuid),
+        )
+    return inventory.disk(db, Caller(caller.name, True), uuid)
+
+
+def delete_disk(db: Database, caller: Caller, uuid: str) -> Operation:
+    """Ask for a disk to be deleted; raises `Conflict` (`disk-attached`, `disk-busy`)."""
+    with db.transaction() as connection:
+        disk = _own_disk(db, caller, uuid)
+        if disk.state == "creating":
+            raise Conflict("disk-busy", f"Disk {uuid} is being created; wait or cancel that.")
+        holder = db.row("SELECT instance FROM attachments WHERE disk_uuid = ?", uuid)
+        if holder is not None:
+            raise Conflict(
+                "disk-attached",
+                f"Disk {uuid} is attached to {holder['instance']}; detach it first.",
+            )
+        connection.execute("UPDATE disks SET state = 'deleting' WHERE uuid = ?", (uuid,))
+        return add_operation(connection, caller, "delete-disk", uuid, {})
+
+
+def attach(
+    db: Database,
+    caller: Caller,
+    uuid: str,
+    *,
+    instance: str,
+    access: Access = "rw",
+    initiator: str | None = None,
+) -> Operation:
+    """Ask for a disk to be exported to an instance; the operation's subject is the attachment.
+
+    The same attachment asked for again answers with the operation that made it. Raises `Conflict`
+    (`disk-attached`) naming the holder of a read-write attachment.
+    """
+    with db.transaction() as connection:
+        disk = inventory.disk(db, caller, uuid)
+        same = db.row(
+            "SELECT * FROM attachments WHERE disk_uuid = ? AND instance = ? AND access = ? "
+            "AND initiator IS ? AND state <> 'removing'",
+            uuid, instance, access, initiator,
+        )  # fmt: skip
+        if same is not None:
+            made = inventory.operations(db, subject=same["id"], limit=1)
+            if made:
+                return made[0]
+        check_attachable(db, caller, disk, access)
+        attachment_id = insert_attachment(
+            connection, caller.name, instance, "disk", access,
+            disk_uuid=uuid, initiator=initiator,
+        )  # fmt: skip
+        return add_operation(connection, caller, "attach", attachment_id, {"disk": uuid})
+
+
+def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -> None:
+    """Raise unless the caller may attach the disk in this way now."""
+    if disk.state != "available":
+        raise Conflict("disk-busy", f"Disk {disk.uuid} is {disk.state}; try again when it is not.")
+    if access == "rw":
+        if not (caller.administrator or caller.name == disk.owner):
+            raise Refused("disk-not-yours", f"Disk {disk.uuid} may only be attached read-only.")
+        if disk.kind == "readonly":
+            raise Refused(
+                "disk-readonly", f"Disk {disk.uuid} is read-only; attach it with access ro."
+            )
+    for other in inventory.attachments(db, disk_uuid=disk.uuid):
+        if "rw" in (access, other.access):
+            raise Conflict(
+                "disk-attached",
+                f"Disk {disk.uuid} is attached to {other.instance} ({other.access}); detach it first.",
+            )
+
+
+def detach(db: Database, caller: Caller, attachment_id: str) -> Operation:
+    """Ask for an attachment to end; asked again it answers with the operation under way."""
+    with db.transaction() as connection:
+        attachment = inventory.attachment(db, attachment_id)
+        if not caller.administrator and attachment.owner != caller.name:
+            raise NotFound("attachment-unknown", f"No attachment {attachment_id}.")
+        if attachment.state == "removing":
+            under_way = _open_operation(db, "detach", attachment_id)
+            if under_way is not None:
+                return under_way
+        remove_attachment(connection, attachment)
+        return add_operation(connection, caller, "detach", attachment_id, {})
+
+
+def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Operation:
+    """Ask for everything that booting an instance needs; repeated, it answers with the first.
+
+    Raises `Conflict` (`instance-exists`) when the instance was launched with another request.
+    """
+    wanted = asdict(request)
+    with db.transaction() as connection:
+        row = db.row("SELECT * FROM launches WHERE instance = ?", request.instance)
+        if row is not None:
+            launch = records.launch_from(row)
+            if launch.state != "ending" and launch.request == json.loads(json.dumps(wanted)):
+                return inventory.operation(db, launch.operation_id)
+            raise Conflict(
+                "instance-exists",
+                f"Instance {request.instance} is {launch.state} already; halt it first.",
+            )
+        for uuid in request.disks:
+            check_attachable(db, caller, inventory.disk(db, caller, uuid), "rw")
+        operation = add_operation(connection, caller, "launch", request.instance, wanted)
+        connection.execute(
+            "INSERT INTO launches (instance, operation_id, request, state, created_at) "
+            "VALUES (?, ?, ?, 'preparing', ?)",
+            (request.instance, operation.id, json.dumps(wanted), now()),
+        )
+        return operation
+
+
+def halt(db: Database, caller: Caller, instance: str) -> Operation:
+    """Ask for an instance's attachments to end and its volatile disks to be deleted."""
+    with db.transaction() as connection:
+        launch = inventory.launch(db, instance)
+        started = inventory.operation(db, launch.operation_id)
+        if not caller.administrator and started.owner != caller.name:
+            raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+        if launch.state == "preparing":
+            raise Conflict(
+                "instance-busy",
+                f"Instance {instance} is being launched; cancel operation {launch.operation_id}.",
+            )
+        if launch.state == "ending":
+            under_way = _open_operation(db, "halt", instance)
+            if under_way is not None:
+                return under_way
+        end_launch(connection, db, instance)
+        return add_operation(connection, caller, "halt", instance, {})
+
+
+def end_launch(connection: sqlite3.Connection, db: Database, instance: str) -> None:
+    """Mark all of a launch for removal, within the caller's transaction."""
+    connection.execute("UPDATE launches SET state = 'ending' WHERE instance = ?", (instance,))
+    for attachment in inventory.attachments(db, instance=instance):
+        remove_attachment(connection, attachment)
+
+
+def remove_attachment(connection: sqlite3.Connection, attachment: Attachment) -> None:
+    """Mark an attachment for removal; a volatile disk goes with it."""
+    connection.execute("UPDATE attachments SET state = 'removing' WHERE id = ?", (attachment.id,))
+    connection.execute(
+        "UPDATE disks SET state = 'deleting' WHERE uuid = ? AND volatile = 1",
+        (attachment.disk_uuid,),
+    )
+
+
+def request_cancel(db: Database, caller: Caller, operation_id: str) -> Operation:
+    """Ask for an operation to stop; one that has ended stays as it is."""
+    with db.transaction() as connection:
+        operation = inventory.operation(db, operation_id)
+        if not caller.administrator and operation.owner != caller.name:
+            raise NotFound("operation-unknown", f"No operation {operation_id}.")
+        if operation.finished:
+            return operation
+        if operation.kind not in ("fetch", "launch", "create-disk"):
+            raise Conflict("operation-not-cancellable", f"A {operation.kind} cannot be cancelled.")
+        connection.execute(
+            "UPDATE operations SET cancel_requested = 1, updated_at = ? WHERE id = ?",
+            (now(), operation_id),
+        )
+    return inventory.operation(db, operation_id)
+
+
+def insert_disk(
+    connection: sqlite3.Connection,
+    owner: str,
+    uuid: str,
+    request: DiskRequest,
+    base_image: str | None = None,
+) -> None:
+    """Insert a disk to be created, within the caller's transaction; the size must be known."""
+    connection.execute(
+        "INSERT INTO disks (uuid, state, size_bytes, base_image, owner, tag, visibility, kind, "
+        "volatile, created_at) VALUES (?, 'creating', ?, ?, ?, ?, ?, ?, ?, ?)",
+        (uuid, request.size_bytes, base_image, owner, request.tag, request.visibility,
+         request.kind, request.volatile, now()),
+    )  # fmt: skip
+
+
+def insert_attachment(
+    connection: sqlite3.Connection,
+    owner: str,
+    instance: str,
+    role: str,
+    access: Access,
+    *,
+    disk_uuid: str | None = None,
+    image_id: str | None = None,
+    initiator: str | None = None,
+    position: int = 0,
+) -> str:
+    """Insert an attachment to be made, within the caller's transaction; return its id.
+
+    Raises `Conflict` (`already-attached`, `disk-attached`) where a unique index says no.
+    """
+    attachment_id = str(uuid_module.uuid4())
+    try:
+        connection.execute(
+            "INSERT INTO attachments (id, disk_uuid, image_id, instance, role, position, access, "
+            "initiator, chap_username, chap_secret, state, owner, created_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'wanted', ?, ?)",
+            (attachment_id, disk_uuid, image_id, instance, role, position, access, initiator,
+             attachment_id, secrets.token_urlsafe(_CHAP_SECRET_BYTES), owner, now()),
+        )  # fmt: skip
+    except sqlite3.IntegrityError as error:
+        if "UNIQUE" not in str(error):
+            raise
+        what = f"disk {disk_uuid}" if disk_uuid else f"image {image_id}"
+        raise Conflict("already-attached", f"{instance} has {what} already.") from None
+    return attachment_id
+
+
+def add_operation(
+    connection: sqlite3.Connection, caller: Caller, kind: str, subject: str, request: dict[str, Any]
+) -> Operation:
+    """Insert a pending operation within the caller's transaction."""
+    operation_id, at = str(uuid_module.uuid4()), now()
+    connection.execute(
+        "INSERT INTO operations (id, kind, subject, state, request, owner, created_at, updated_at) "
+        "VALUES (?, ?, ?, 'pending', ?, ?, ?, ?)",
+        (operation_id, kind, subject, json.dumps(request), caller.name, at, at),
+    )
+    record_event(connection, f"{kind}.requested", subject, f"{caller.name} asked for {kind}.")
+    row = connection.execute("SELECT * FROM operations WHERE id = ?", (operation_id,)).fetchone()
+    return records.operation_from(row)
+
+
+def _open_operation(db: Database, kind: str, subject: str) -> Operation | None:
+    for operation in inventory.operations(db, subject=subject):
+        if operation.kind == kind and not operation.finished:
+            return operation
+    return None
+
+
+def _own_disk(db: Database, caller: Caller, uuid: str) -> Disk:
+    disk = inventory.disk(db, caller, uuid)
+    if not (caller.administrator or disk.owner == caller.name):
+        raise Refused("disk-not-yours", f"Disk {uuid} belongs to {disk.owner}.")
+    return disk
+
+
+def _require_administrator(caller: Caller) -> None:
+    if not caller.administrator:
+        raise Refused("administrator-only", "Only administrators may do this.")

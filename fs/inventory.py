@@ -1,0 +1,139 @@
+"""Reads of the state database: what exists, by name, for those who may see it."""
+
+import time
+
+from stratocache.cache.errors import NotFound
+from stratocache.fs import records
+from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation
+from stratocache.fs.state import Database
+
+_FIRST_POLL_S = 0.001
+_LAST_POLL_S = 0.05
+
+
+def images(db: Database) -> list[Image]:
+    """Return all images, oldest first."""
+    return [records.image_from(row) for row in db.rows("SELECT * FROM images ORDER BY number")]
+
+
+def find_image(db: Database, image_id: str) -> Image | None:
+    """Return an image in any state, or None."""
+    row = db.row("SELECT * FROM images WHERE id = ?", image_id)
+    return records.image_from(row) if row else None
+
+
+def image(db: Database, image_id: str) -> Image:
+    """Return an image; raises `NotFound` with code `image-unknown`."""
+    found = find_image(db, image_id)
+    if found is None:
+        raise NotFound("image-unknown", f"No image {image_id} is cached here; fetch it first.")
+    return found
+
+
+def disks(db: Database, caller: Caller) -> list[Disk]:
+    """Return the disks that the caller may see (own, public, or all for an administrator)."""
+    rows = db.rows(
+        "SELECT * FROM disks WHERE ? OR owner = ? OR visibility = 'public' ORDER BY number",
+        caller.administrator,
+        caller.name,
+    )
+    return [records.disk_from(row) for row in rows]
+
+
+def find_disk(db: Database, uuid: str) -> Disk | None:
+    """Return a disk in any state, or None."""
+    row = db.row("SELECT * FROM disks WHERE uuid = ?", uuid)
+    return records.disk_from(row) if row else None
+
+
+def disk(db: Database, caller: Caller, uuid: str) -> Disk:
+    """Return a disk; one that the caller may not see does not exist (`NotFound`, `disk-unknown`)."""
+    found = find_disk(db, uuid)
+    if found is None or not (
+        caller.administrator or found.owner == caller.name or found.visibility == "public"
+    ):
+        raise NotFound("disk-unknown", f"No disk {uuid}; `stratocache disk ls` lists yours.")
+    return found
+
+
+def attachments(
+    db: Database,
+    *,
+    disk_uuid: str | None = None,
+    instance: str | None = None,
+    image_id: str | None = None,
+) -> list[Attachment]:
+    """Return the attachments that match every given value, in the order of their instance."""
+    rows = db.rows(
+        "SELECT * FROM attachments WHERE (?1 IS NULL OR disk_uuid = ?1) "
+        "AND (?2 IS NULL OR instance = ?2) AND (?3 IS NULL OR image_id = ?3) "
+        "ORDER BY instance, position, number",
+        disk_uuid,
+        instance,
+        image_id,
+    )
+    return [records.attachment_from(row) for row in rows]
+
+
+def attachment(db: Database, attachment_id: str) -> Attachment:
+    """Return an attachment; raises `NotFound` with code `attachment-unknown`."""
+    row = db.row("SELECT * FROM attachments WHERE id = ?", attachment_id)
+    if row is None:
+        raise NotFound("attachment-unknown", f"No attachment {attachment_id}; it may be detached.")
+    return records.attachment_from(row)
+
+
+def launch(db: Database, instance: str) -> Launch:
+    """Return a launch; raises `NotFound` with code `instance-unknown`."""
+    row = db.row("SELECT * FROM launches WHERE instance = ?", instance)
+    if row is None:
+        raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+    return records.launch_from(row)
+
+
+def launches(db: Database) -> list[Launch]:
+    """Return all launches, oldest first."""
+    return [
+        records.launch_from(row) for row in db.rows("SELECT * FROM launches ORDER BY created_at")
+    ]
+
+
+def operation(db: Database, operation_id: str) -> Operation:
+    """Return an operation; raises `NotFound` with code `operation-unknown`."""
+    row = db.row("SELECT * FROM operations WHERE id = ?", operation_id)
+    if row is None:
+        raise NotFound("operation-unknown", f"No operation {operation_id}.")
+    return records.operation_from(row)
+
+
+def operations(db: Database, *, subject: str | None = None, limit: int = 1000) -> list[Operation]:
+    """Return operations, newest first, of one subject when given."""
+    rows = db.rows(
+        "SELECT * FROM operations WHERE (?1 IS NULL OR subject = ?1) "
+        "ORDER BY created_at DESC, id LIMIT ?2",
+        subject,
+        limit,
+    )
+    return [records.operation_from(row) for row in rows]
+
+
+def wait_for_operation(db: Database, operation_id: str, timeout_s: float) -> Operation:
+    """Return an operation when it has ended, or as it stands after `timeout_s` seconds.
+
+    Polls PRAGMA data_version, which costs microseconds, and reads the row only after a commit.
+    """
+    deadline = time.monotonic() + timeout_s
+    poll_s = _FIRST_POLL_S
+    version = db.data_version()
+    current = operation(db, operation_id)
+    while not current.finished:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            break
+        time.sleep(min(poll_s, remaining_s))
+        poll_s = min(poll_s * 1.5, _LAST_POLL_S)
+        latest = db.data_version()
+        if latest != version:
+            version = latest
+            current = operation(db, operation_id)
+    return current

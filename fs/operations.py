@@ -1,0 +1,292 @@
+"""Runs the operations that take long: fetches, launches and clones of references.
+
+Each open operation has one task. A task that process death interrupts is started again from its
+row, so every step asks first what has been done already. A launch's or clone's task ends when it
+has recorded the rows it wants; the reconciler makes these real and ends the operation.
+"""
+
+import json
+import logging
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from stratocache.cache.errors import (
+    Cancelled,
+    Internal,
+    InvalidInput,
+    StratocacheError,
+)
+from stratocache.fs import intents, inventory, records
+from stratocache.fs.acquisition import Acquisition
+from stratocache.fs.records import Caller, DiskRequest, Image, LaunchRequest, Operation
+from stratocache.fs.state import Database, now, record_event
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 0.5
+
+# Operations that still need a task: a fetch until it ends, the others until their rows are there.
+_NEEDING_A_TASK = """
+    SELECT * FROM operations WHERE state IN ('pending', 'running') AND (
+        kind = 'fetch'
+        OR kind = 'launch' AND (cancel_requested OR EXISTS (
+            SELECT 1 FROM launches WHERE operation_id = operations.id AND boot_disk IS NULL))
+        OR kind = 'create-disk' AND NOT EXISTS (
+            SELECT 1 FROM disks WHERE uuid = operations.subject)
+    ) ORDER BY created_at
+"""
+
+
+class Operations:
+    """Keeps one task per open operation in `nursery`; `wake` tells the reconciler to look."""
+
+    def __init__(
+        self,
+        db: Database,
+        acquisition: Acquisition,
+        nursery: trio.Nursery,
+        wake: Callable[[], None],
+    ) -> None:
+        self._db = db
+        self._acquisition = acquisition
+        self._nursery = nursery
+        self._wake = wake
+        self._tasks: dict[str, trio.CancelScope] = {}
+
+    def look(self) -> None:
+        """Start tasks for operations that need one, cancel those that are to stop."""
+        for row in self._db.rows(_NEEDING_A_TASK):
+            operation = records.operation_from(row)
+            scope = self._tasks.get(operation.id)
+            if scope is None:
+                scope = self._tasks[operation.id] = trio.CancelScope()
+                self._nursery.start_soon(self._run, operation, scope)
+            if operation.cancel_requested:
+                scope.cancel()
+
+    async def _run(self, operation: Operation, scope: trio.CancelScope) -> None:
+        error: StratocacheError | None = None
+        try:
+            with scope:
+                await trio.to_thread.run_sync(self._mark_running, operation.id)
+                await self._perform(operation)
+            if scope.cancelled_caught:
+                error = Cancelled("cancelled", f"The {operation.kind} was cancelled.")
+        except StratocacheError as refusal:
+            error = refusal
+        except Exception as bug:
+            log.exception("operation %s (%s) failed", operation.id, operation.kind)
+            error = Internal("internal", f"The {operation.kind} failed: {bug!r}.")
+        with trio.CancelScope(shield=True):
+            if error is not None:
+                await trio.to_thread.run_sync(self._fail, operation, error)
+            await trio.to_thread.run_sync(self._acquisition.tidy)
+        del self._tasks[operation.id]
+        self._wake()
+
+    async def _perform(self, operation: Operation) -> None:
+        if operation.kind == "fetch":
+            await self._fetch(operation)
+        elif operation.kind == "launch":
+            await self._launch(operation)
+        else:
+            await self._clone(operation)
+
+    async def _fetch(self, operation: Operation) -> None:
+        image = await self._acquire(operation, operation.request["reference"])
+
+        def end() -> None:
+            with self._db.transaction() as connection:
+                if operation.request["pin"]:
+                    connection.execute("UPDATE images SET pinned = 1 WHERE id = ?", (image.id,))
+                finish(connection, "fetch", operation.subject, {"image": image.id}, operation.id)
+
+        await trio.to_thread.run_sync(end)
+
+    async def _launch(self, operation: Operation) -> None:
+        request = LaunchRequest(**{
+            **operation.request,
+            "disks": tuple(operation.request["disks"]),
+            "readonly": tuple(operation.request["readonly"]),
+        })  # fmt: skip
+        boot = await self._acquire(operation, request.reference)
+        shared = [await self._acquire(operation, reference) for reference in request.readonly]
+        await trio.to_thread.run_sync(self._record_launch, operation, request, boot, shared)
+
+    async def _clone(self, operation: Operation) -> None:
+        request = DiskRequest(**operation.request)
+        assert request.reference is not None  # a blank disk's row is made with its operation
+        image = await self._acquire(operation, request.reference)
+
+        def record() -> None:
+            with self._db.transaction() as connection:
+                sized = replace(request, size_bytes=_clone_size_bytes(image, request.size_bytes))
+                intents.insert_disk(connection, operation.owner, operation.subject, sized, image.id)
+                _touch(connection, image)
+
+        await trio.to_thread.run_sync(record)
+
+    def _record_launch(
+        self, operation: Operation, request: LaunchRequest, boot: Image, shared: list[Image]
+    ) -> None:
+        authorised = Caller(operation.owner, True)  # checked when the launch was asked for
+        with self._db.transaction() as connection:
+            if inventory.launch(self._db, request.instance).boot_disk is not None:
+                return
+            uuid = operation.id  # the clone's UUID, so that a repetition makes the same disk
+            disk = DiskRequest(
+                size_bytes=_clone_size_bytes(boot, request.size_bytes),
+                tag=f"{request.instance} boot"[:40],
+                kind="machine",
+                volatile=True,
+            )
+            intents.insert_disk(connection, operation.owner, uuid, disk, boot.id)
+            attach = _attacher(connection, operation.owner, request)
+            attach("boot", "rw", disk_uuid=uuid)
+            for other in request.disks:
+                wanted = inventory.disk(self._db, authorised, other)
+                intents.check_attachable(self._db, authorised, wanted, "rw")
+                attach("disk", "rw", disk_uuid=other)
+            for image in shared:
+                attach("readonly", "ro", image_id=image.id)
+            for image in (boot, *shared):
+                _touch(connection, image)
+            connection.execute(
+                "UPDATE launches SET boot_disk = ? WHERE instance = ?", (uuid, request.instance)
+            )
+
+    async def _acquire(self, operation: Operation, reference: str) -> Image:
+        """Acquire an image while its progress is written to the operation's row."""
+        latest: tuple[int, int | None] = (0, None)
+
+        def report(done_bytes: int, total_bytes: int | None) -> None:
+            nonlocal latest
+            latest = (done_bytes, total_bytes)
+
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write_progress, operation.id, lambda: latest)
+            try:
+                image = await self._acquisition.acquire(reference, report)
+            except Exception as error:  # noqa: BLE001 -- raised below, outside the nursery
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return image
+
+    async def _write_progress(
+        self, operation_id: str, latest: Callable[[], tuple[int, int | None]]
+    ) -> None:
+        written: tuple[int, int | None] = (0, None)
+        while True:
+            await trio.sleep(_PROGRESS_INTERVAL_S)
+            if latest() != written:
+                written = latest()
+                await trio.to_thread.run_sync(self._store_progress, operation_id, *written)
+
+    def _store_progress(self, operation_id: str, done_bytes: int, total_bytes: int | None) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(
+                "UPDATE operations SET progress_bytes = ?, total_bytes = ?, updated_at = ? "
+                "WHERE id = ?",
+                (done_bytes, total_bytes, now(), operation_id),
+            )
+
+    def _mark_running(self, operation_id: str) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(
+                "UPDATE operations SET state = 'running', updated_at = ? "
+                "WHERE id = ? AND state = 'pending'",
+                (now(), operation_id),
+            )
+
+    def _fail(self, operation: Operation, error: StratocacheError) -> None:
+        with self._db.transaction() as connection:
+            if operation.kind == "launch":
+                intents.end_launch(connection, self._db, operation.subject)
+            fail(connection, operation.kind, operation.subject, error, operation.id)
+
+
+def _attacher(
+    connection: sqlite3.Connection, owner: str, request: LaunchRequest
+) -> Callable[..., str]:
+    position = 0
+
+    def attach(role: str, access: records.Access, **what: str) -> str:
+        nonlocal position
+        position += 1
+        return intents.insert_attachment(
+            connection, owner, request.instance, role, access,
+            initiator=request.initiator, position=position - 1, **what,
+        )  # fmt: skip
+
+    return attach
+
+
+def _clone_size_bytes(image: Image, wanted_bytes: int | None) -> int:
+    assert image.size_bytes is not None  # verified
+    if wanted_bytes is not None and wanted_bytes < image.size_bytes:
+        raise InvalidInput(
+            "size-too-small",
+            f"A clone of {image.id} needs at least {image.size_bytes} bytes.",
+            field="size_bytes",
+        )
+    return wanted_bytes or image.size_bytes
+
+
+def _touch(connection: sqlite3.Connection, image: Image) -> None:
+    connection.execute("UPDATE images SET last_used_at = ? WHERE id = ?", (now(), image.id))
+
+
+def finish(
+    connection: sqlite3.Connection,
+    kind: str,
+    subject: str,
+    result: dict[str, Any],
+    operation_id: str | None = None,
+) -> None:
+    """End the open operations of a kind on a subject (or one of them) as done."""
+    _end(connection, kind, subject, "done", "result", result, operation_id)
+    record_event(connection, f"{kind}.done", subject, f"{kind} of {subject} is done.")
+
+
+def fail(
+    connection: sqlite3.Connection,
+    kind: str,
+    subject: str,
+    error: StratocacheError,
+    operation_id: str | None = None,
+) -> None:
+    """End the open operations of a kind on a subject (or one of them) as failed or cancelled."""
+    state = "cancelled" if isinstance(error, Cancelled) else "failed"
+    _end(connection, kind, subject, state, "error", dict(error.to_record()), operation_id)
+    record_event(connection, f"{kind}.{state}", subject, error.message)
+
+
+def _end(
+    connection: sqlite3.Connection,
+    kind: str,
+    subject: str,
+    state: str,
+    column: str,
+    value: dict[str, Any],
+    operation_id: str | None,
+) -> None:
+    connection.execute(
+        f"UPDATE operations SET state = :state, {column} = :value, updated_at = :at "
+        "WHERE kind = :kind AND subject = :subject AND state IN ('pending', 'running') "
+        "AND (:id IS NULL OR id = :id)",
+        {
+            "state": state,
+            "value": json.dumps(value),
+            "at": now(),
+            "kind": kind,
+            "subject": subject,
+            "id": operation_id,
+        },
+    )
