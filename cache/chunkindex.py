@@ -1,0 +1,121 @@
+"""The chunk store's index: a diskcache with a `Disk` of ours and none of its defaults.
+
+diskcache keeps one row per chunk in SQLite and asks its `Disk` for names and files. Ours names a
+file by its digest, writes raw bytes by rename, and never pickles.
+"""
+
+import hashlib
+import itertools
+import logging
+import os
+import sqlite3
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diskcache
+
+log = logging.getLogger(__name__)
+
+INCOMING = "incoming"
+"""Where files are written before they have their name."""
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class Written(NamedTuple):
+    """A chunk whose file is there already; given to diskcache in place of its bytes."""
+
+    size_bytes: int
+
+
+class ChunkDisk(diskcache.Disk):  # type: ignore[misc]
+    """diskcache's file layer: keys are digests, names follow from keys, values are raw bytes."""
+
+    _serial = itertools.count()
+
+    def hash(self, key: bytes) -> int:
+        """Return a portable hash of a key."""
+        return int.from_bytes(key[:4], "big")
+
+    def put(self, key: bytes) -> tuple[sqlite3.Binary, bool]:
+        """Return the database form of a digest."""
+        if not isinstance(key, bytes) or len(key) != _DIGEST_BYTES:
+            raise TypeError(f"a chunk's key is {_DIGEST_BYTES} bytes of digest")
+        return sqlite3.Binary(key), True
+
+    def get(self, key: bytes, raw: bool) -> bytes:
+        """Return the digest that a database key holds."""
+        return bytes(key)
+
+    def filename(self, key: bytes, value: object = None) -> tuple[str, str]:
+        """Return a digest's file name, relative and absolute."""
+        name = key.hex()
+        relative = f"{name[0]}/{name[1]}/{name}"
+        return relative, f"{self._directory}/{relative}"
+
+    def store(self, value: Written, read: bool, key: bytes) -> tuple[int, int, str, None]:
+        """Return diskcache's columns for a chunk that `write` has written."""
+        return value.size_bytes, diskcache.core.MODE_BINARY, self.filename(key)[0], None
+
+    def write(self, key: bytes, data: bytes) -> None:
+        """Write a chunk's file under a temporary name and rename it."""
+        _, path = self.filename(key)
+        temporary = f"{self._directory}/{INCOMING}/{key.hex()}.{next(self._serial)}"
+        try:
+            with open(temporary, "xb", buffering=0) as file:
+                _write_all(file.fileno(), data)
+            try:
+                os.rename(temporary, path)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+                os.rename(temporary, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+    def fetch(self, mode: int, filename: str, value: object, read: bool) -> bytes:
+        """Return a chunk's bytes; no other mode, pickles above all, is ever read."""
+        if mode != diskcache.core.MODE_BINARY:
+            raise ValueError(f"mode {mode} is no chunk")
+        return Path(self._directory, filename).read_bytes()
+
+    def remove(self, file_path: str) -> None:
+        """Do nothing: diskcache would remove the file it believes replaced, the one just written.
+
+        The name follows from the digest, so a row that is written again keeps its file;
+        `ChunkStore.remove` deletes files itself.
+        """
+
+
+def open_index(directory: Path) -> Any:
+    """Open the index of a chunk directory; a damaged one is put aside, its rows are made again."""
+    try:
+        return _new_cache(directory)
+    except sqlite3.DatabaseError as error:
+        log.error("the chunk index in %s is damaged (%s); it is made again", directory, error)
+        for path in directory.glob("cache.db*"):
+            path.unlink()
+        return _new_cache(directory)
+
+
+def _new_cache(directory: Path) -> Any:
+    # NORMAL: no fsync per commit; `sync` makes the write-ahead log durable with the files.
+    return diskcache.Cache(
+        str(directory),
+        disk=ChunkDisk,
+        disk_min_file_size=0,
+        eviction_policy="none",
+        cull_limit=0,
+        size_limit=2**62,
+        statistics=0,
+        tag_index=0,
+        sqlite_journal_mode="wal",
+        sqlite_synchronous=1,
+    )
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,322 @@
+"""The chunk store: bytes named by their SHA-256, on diskcache with a `Disk` of our own.
+
+The file is the truth (`a/b/ab…`, the digest in hexadecimal, the raw bytes and nothing else); diskcache's
+rows are the account of them and can be made again from the files. See FETCH.md.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from stratocache.cache.chunkindex import INCOMING, ChunkDisk, Written, open_index
+from stratocache.cache.errors import NotVerified
+from stratocache.cache.space import full_disk_is_no_space
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 512 * 1024
+"""Size of every chunk but an image's last; a multiple of 4 KiB, so that files can be reflinked."""
+DIGEST_BYTES = 32
+
+_OPEN_MAX = 16384
+_VERIFIED_MAX = 2**18
+"""Digests remembered as verified; when full all are forgotten and hashed again (32 MiB at most)."""
+
+_ROWS = 256
+"""Rows read or deleted at a time."""
+
+_T = TypeVar("_T")
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@lru_cache(maxsize=64)
+def zero_digest(size_bytes: int) -> bytes:
+    """Return the SHA-256 of `size_bytes` zero bytes; at most a chunk's size."""
+    if not 0 <= size_bytes <= CHUNK_BYTES:
+        raise ValueError(f"no chunk has {size_bytes} bytes")
+    return hashlib.sha256(bytes(size_bytes)).digest()
+
+
+@dataclass(frozen=True)
+class ChunkStatistics:
+    """What the store holds and did since it was opened."""
+
+    chunks: int
+    """Chunks in the account."""
+    size_bytes: int
+    """Their bytes."""
+    open_descriptors: int
+    """Files kept open now."""
+    verified: int
+    """Chunks hashed and found right."""
+    quarantined: int
+    """Chunks hashed and found wrong."""
+
+
+class ChunkDescriptor(int):
+    """A read-only file descriptor that is closed when its last reference goes.
+
+    An eviction from the table of open files thus never closes a descriptor that a reader in
+    another thread is using; keep the object, not a copy of its number, while you read.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            os.close(self)
+
+
+class ChunkStore:
+    """Verified chunks on disk. Every method may be called from any thread; all may block.
+
+    One process owns the directory. Chunks that fail their digest go to `quarantine/` beside it.
+    """
+
+    def __init__(self, directory: Path, *, open_max: int | None = None) -> None:
+        self._directory = directory
+        self._quarantine_directory = directory.parent / "quarantine"
+        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._open_max = open_max or min(_OPEN_MAX, max(64, soft_limit // 4))
+        (directory / INCOMING).mkdir(mode=0o750, parents=True, exist_ok=True)
+        for leftover in (directory / INCOMING).iterdir():
+            leftover.unlink()
+        # diskcache keeps a connection per thread and cannot close another's: one thread has it.
+        self._indexer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-index")
+        self._cache = self._index(lambda: open_index(directory))
+        self._disk: ChunkDisk = self._cache.disk
+        # Lock order: _removal, then _lock. _lock is taken by the event loop too and is never held
+        # over a system call that may wait.
+        self._lock = threading.Lock()
+        self._removal = threading.Lock()
+        self._open: OrderedDict[bytes, ChunkDescriptor] = OrderedDict()
+        self._verified: set[bytes] = set()
+        self._condemned: list[set[bytes]] = []
+        self._verified_count = 0
+        self._quarantined_count = 0
+
+    def put(self, digest: bytes, data: bytes) -> bool:
+        """Store a chunk whose SHA-256 is `digest`; tell whether it was new.
+
+        A chunk of zeros is not stored. A file that is there but differs is written again. Raises
+        `NoSpace` (`no-space`).
+        """
+        return self.put_all([(digest, data)]) == 1
+
+    def put_all(self, chunks: Sequence[tuple[bytes, bytes]]) -> int:
+        """Store chunks, each given as digest and data, as `put` does; return how many were new."""
+        stored = [(digest, data) for digest, data in chunks if digest != zero_digest(len(data))]
+        with self._removal:
+            for condemned in self._condemned:
+                condemned.difference_update(digest for digest, _ in stored)
+        new = 0
+        with full_disk_is_no_space(self._directory):
+            for digest, data in stored:
+                if digest not in self._verified and not self._holds(digest, data):
+                    self._disk.write(digest, data)
+                    new += 1
+            self._index(lambda: self._insert_rows(stored))
+        return new
+
+    def _insert_rows(self, chunks: Sequence[tuple[bytes, bytes]]) -> None:
+        with self._cache.transact():
+            for digest, data in chunks:
+                if digest not in self._cache:
+                    self._cache.set(digest, Written(len(data)))
+
+    def _holds(self, digest: bytes, data: bytes) -> bool:
+        path = self._disk.filename(digest)[1]
+        if not os.path.exists(path):
+            return False
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.read(CHUNK_BYTES + 1) == data
+        except FileNotFoundError:
+            return False
+
+    def _index(self, operation: Callable[[], _T]) -> _T:
+        """Run an operation on diskcache in the thread that has its connection."""
+        return self._indexer.submit(operation).result()
+
+    def opened(self, digest: bytes) -> ChunkDescriptor | None:
+        """Return the descriptor of a chunk that is open and verified, else None; never blocks."""
+        with self._lock:
+            descriptor = self._open.get(digest)
+            if descriptor is not None:
+                self._open.move_to_end(digest)
+            return descriptor
+
+    def open(self, digest: bytes) -> ChunkDescriptor:
+        """Return a read-only descriptor of a chunk, hashed when this process first opens it.
+
+        Raises `NotVerified`: `chunk-missing`, or `chunk-corrupt` after moving it to quarantine.
+        """
+        descriptor = self.opened(digest)
+        if descriptor is not None:
+            return descriptor
+        try:
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = ChunkDescriptor(os.open(self.path(digest), flags))
+        except FileNotFoundError:
+            raise NotVerified(
+                "chunk-missing", f"Chunk {digest.hex()} is not in the store; fetch its image again."
+            ) from None
+        if digest not in self._verified:
+            self._verify(digest, descriptor)
+        with self._lock:
+            if len(self._verified) >= _VERIFIED_MAX:
+                self._verified.clear()
+            self._verified.add(digest)
+            self._open[digest] = descriptor
+            while len(self._open) > self._open_max:
+                self._open.popitem(last=False)
+        return descriptor
+
+    def path(self, digest: bytes) -> Path:
+        """Return where a chunk's file is, or would be."""
+        return Path(self._disk.filename(digest)[1])
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self.path(digest).exists()
+
+    @contextmanager
+    def condemned(self, digests: set[bytes]) -> Iterator[set[bytes]]:
+        """Announce chunks that may be removed; a `put` of one from now on takes it off the set."""
+        with self._removal:
+            self._condemned.append(digests)
+        try:
+            yield digests
+        finally:
+            with self._removal:
+                self._condemned = [other for other in self._condemned if other is not digests]
+
+    def remove(self, digests: set[bytes]) -> int:
+        """Delete the chunks of a set, and empty it; return how many files went.
+
+        Within `condemned` a chunk that was put again meanwhile stays. Files go before rows: on a
+        full disk the index needs the space that they free.
+        """
+        removed = 0
+        rows: list[bytes] = []
+        for digest in list(digests):
+            with self._removal:
+                if digest not in digests:
+                    continue
+                digests.discard(digest)
+                self._forget(digest)
+                with suppress(FileNotFoundError):
+                    self.path(digest).unlink()
+                    removed += 1
+            rows.append(digest)
+            if len(rows) >= _ROWS:
+                self._delete_rows(rows)
+        self._delete_rows(rows)
+        return removed
+
+    def _forget(self, digest: bytes) -> None:
+        with self._lock:
+            self._open.pop(digest, None)
+            self._verified.discard(digest)
+
+    def _delete_rows(self, digests: list[bytes]) -> None:
+        def delete() -> None:
+            with full_disk_is_no_space(self._directory), self._cache.transact():
+                for digest in digests:
+                    if digest not in self:
+                        self._cache.delete(digest)
+
+        self._index(delete)
+        digests.clear()
+
+    def digests(self, first_byte: int) -> Iterator[bytes]:
+        """Yield the digests of all files whose digest starts with one byte."""
+        high, low = f"{first_byte:02x}"
+        for path in (self._directory / high / low).glob("*"):
+            with suppress(ValueError):
+                yield bytes.fromhex(path.name)
+
+    def reconcile(self) -> None:
+        """Make the account agree with the files: rows without a file go, files get their row."""
+        keys: Iterator[bytes] = self._cache.iterkeys()
+        while batch := self._index(lambda: list(islice(keys, _ROWS))):
+            self._delete_rows([digest for digest in batch if digest not in self])
+        for first_byte in range(256):
+            for digest in self.digests(first_byte):
+                self._index(lambda digest=digest: self._adopt(digest))
+
+    def _adopt(self, digest: bytes) -> None:
+        if digest not in self._cache:
+            with suppress(FileNotFoundError), full_disk_is_no_space(self._directory):
+                self._cache.set(digest, Written(self.path(digest).stat().st_size))
+
+    def sync(self) -> None:
+        """Make every chunk put so far survive power loss, by one syncfs(2).
+
+        An fsync per chunk costs a journal commit each; an image of 20 GiB has 40,000. One syncfs
+        writes files, directories and the index (SQLite's WAL) alike, at the price of writing what
+        others have dirty on the same file system. Raises `OSError` for a failed write-back.
+        """
+        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with full_disk_is_no_space(self._directory):
+                if _LIBC.syncfs(descriptor) != 0:
+                    code = ctypes.get_errno()
+                    raise OSError(code, os.strerror(code), str(self._directory))
+        finally:
+            os.close(descriptor)
+
+    def statistics(self) -> ChunkStatistics:
+        """Return what the store holds and did."""
+        chunks, size_bytes = self._index(lambda: (len(self._cache), self._cache.reset("size")))
+        return ChunkStatistics(
+            chunks=chunks,
+            size_bytes=size_bytes,
+            open_descriptors=len(self._open),
+            verified=self._verified_count,
+            quarantined=self._quarantined_count,
+        )
+
+    def close(self) -> None:
+        """Close the index and forget the open files."""
+        with self._lock:
+            self._open.clear()
+        self._index(self._cache.close)
+        self._indexer.shutdown()
+
+    def _verify(self, digest: bytes, descriptor: int) -> None:
+        if _hashes_to(descriptor, digest):
+            self._verified_count += 1
+            return
+        self._quarantine(digest)
+        raise NotVerified(
+            "chunk-corrupt",
+            f"Chunk {digest.hex()} no longer has its digest and went to quarantine; "
+            "check the disk for errors and fetch its image again.",
+        )
+
+    def _quarantine(self, digest: bytes) -> None:
+        log.error("chunk %s does not have its digest; moved to quarantine", digest.hex())
+        self._quarantine_directory.mkdir(mode=0o750, exist_ok=True)
+        self._quarantined_count += 1
+        self._forget(digest)
+        with suppress(FileNotFoundError):
+            self.path(digest).rename(self._quarantine_directory / digest.hex())
+        self._delete_rows([digest])
+
+
+def _hashes_to(descriptor: int, digest: bytes) -> bool:
+    data = os.pread(descriptor, CHUNK_BYTES + 1, 0)
+    return len(data) <= CHUNK_BYTES and hashlib.sha256(data).digest() == digest

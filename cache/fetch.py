@@ -1,0 +1,302 @@
+"""Fetching: from an entry that has been judged to a published image, or to one clear error.
+
+The stages, what is on disk in each, and what a crash leaves are described in FETCH.md.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import closing
+from dataclasses import dataclass
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+import httpx
+import trio
+
+from stratocache.cache import conversion
+from stratocache.cache.chunks import ChunkStore
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.decompression import decompressed
+from stratocache.cache.entry import Entry
+from stratocache.cache.errors import (
+    NotFound,
+    NotVerified,
+    OriginFailed,
+    Refused,
+    StratocacheError,
+)
+from stratocache.cache.images import Draft, ImageStore
+from stratocache.cache.ingestion import Batch, Consumer, chunks_of, chunks_of_sparse_file, ingest
+from stratocache.cache.origin import Backoff, HttpOrigin, Progress, SizeLimit, open_file
+from stratocache.cache.space import Space, full_disk_is_no_space
+from stratocache.cache.stage import Stage
+
+log = logging.getLogger(__name__)
+
+_ALGORITHMS = ("sha512", "sha256", "sha1", "md5")
+_STRONG = frozenset({"sha256", "sha512"})
+_COMPRESSED_MARGIN_BYTES = 1024**2
+_FAILURES_NAMED = 10
+
+
+@dataclass(frozen=True)
+class FetchedImage:
+    """What a fetch published."""
+
+    identifier: str
+    size_bytes: int
+    """Of the raw image."""
+    sha256: str
+    """Of the raw image, in hexadecimal."""
+
+
+class Fetcher:
+    """Fetches images. The caller makes sure that one identifier is fetched once at a time."""
+
+    def __init__(
+        self, configuration: Configuration, images: ImageStore, chunks: ChunkStore,
+        client: httpx.AsyncClient, *, backoff: Backoff | None = None,
+    ) -> None:  # fmt: skip
+        self._stages = configuration.state_dir / "stage"
+        self._stages.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._image_bytes_max = configuration.fetch.max_image_bytes
+        self._images = images
+        self._chunks = chunks
+        self._space = Space(self._stages, configuration.space.reserve_bytes)
+        self._http = HttpOrigin(client, configuration.fetch, self._space, backoff or Backoff())
+        # Apart from trio's own limiter: hashing must not take the threads that guests' reads need.
+        self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
+
+    async def fetch(self, entry: Entry, progress: Progress) -> FetchedImage:
+        """Download, verify and publish an entry's image; every location is tried in order.
+
+        `progress(done, total)` counts the bytes of the source: of the download, or of the local
+        file as it is read. On failure nothing is left; when cancelled the stage stays, so that a
+        stopped process continues at its next start, until `discard`.
+
+        Raises `Refused` (`digest-too-weak`, `location-refused`), `NotFound`
+        (`location-not-found`), `OriginFailed` (`origin-failed`), `NoSpace` (`no-space`) and
+        `NotVerified` (`size-mismatch`, `digest-mismatch`, `decompression-bomb`,
+        `source-truncated`, `source-corrupt`, `image-format`, `image-backing-file`,
+        `image-too-large`).
+        """
+        self._images.manifest_path(entry.identifier)
+        self._judge(entry)
+        stage = self._stage(entry.identifier)
+        failures: list[tuple[str, StratocacheError]] = []
+        for location in self._ordered(entry, stage):
+            try:
+                return await self._fetch_from(location, entry, stage, progress)
+            except (NotFound, Refused, OriginFailed, NotVerified) as error:
+                log.warning("image %s from %s: %s", entry.identifier, location, error)
+                failures.append((location, error))
+                await trio.to_thread.run_sync(stage.remove)
+            except Exception:
+                await trio.to_thread.run_sync(stage.remove)
+                raise
+        raise _combined(entry, failures)
+
+    def discard(self, identifier: str) -> None:
+        """Remove what a cancelled fetch left. Blocks."""
+        self._stage(identifier).remove()
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Remove what a crash left: stages of identifiers not in `keep`, chunks of no image.
+
+        Blocks; for the start of the process. Raises `NoSpace`.
+        """
+        for directory in self._stages.iterdir():
+            if directory.name not in keep:
+                log.info("removing the leftovers of fetching %s", directory.name)
+                if directory.is_dir() and not directory.is_symlink():
+                    shutil.rmtree(directory)
+                else:
+                    directory.unlink()
+        removed = self._images.sweep()
+        if removed:
+            log.info("removed %d chunks that no image uses", removed)
+        self._chunks.reconcile()
+
+    def _stage(self, identifier: str) -> Stage:
+        self._images.manifest_path(identifier)  # refuses what is no file name
+        return Stage(self._stages / identifier)
+
+    def _ordered(self, entry: Entry, stage: Stage) -> list[str]:
+        """Return the locations, the one that a stage can continue first."""
+        source = stage.load()
+        known = source.location if source else None
+        return sorted(entry.locations, key=lambda location: location != known)
+
+    def _judge(self, entry: Entry) -> None:
+        if not _STRONG & entry.digests.keys():
+            raise Refused(
+                "digest-too-weak",
+                "The entry has neither a SHA-256 nor a SHA-512 digest, so nothing proves its "
+                "image; ask the endorser for one that has.",
+            )
+        if entry.size_bytes > self._image_bytes_max:
+            raise NotVerified(
+                "image-too-large",
+                f"The entry promises {entry.size_bytes} bytes, over the limit of "
+                f"{self._image_bytes_max}; raise fetch.max_image_bytes if that is intended.",
+            )
+
+    async def _fetch_from(
+        self, location: str, entry: Entry, stage: Stage, progress: Progress
+    ) -> FetchedImage:
+        if urlsplit(location).scheme == "file":
+            with closing(await trio.to_thread.run_sync(open_file, location)) as file:
+                total = os.fstat(file.fileno()).st_size
+                _limit(entry).judge(total, total=True)
+                await trio.to_thread.run_sync(stage.create)
+
+                def read_progress(_: int) -> None:
+                    progress(file.tell(), total)
+
+                return await self._make(file, entry, stage, read_progress)
+        continued = await self._http.download(location, stage, _limit(entry), progress)
+        try:
+            return await self._make_from_stage(entry, stage)
+        except NotVerified as error:
+            if not continued:
+                raise
+            # The parts may be of two files, or hurt by a power cut; the whole may still be right.
+            log.warning("%s was continued and is not verified (%s); again", location, error)
+        await trio.to_thread.run_sync(stage.remove)
+        await self._http.download(location, stage, _limit(entry), progress)
+        return await self._make_from_stage(entry, stage)
+
+    async def _make_from_stage(self, entry: Entry, stage: Stage) -> FetchedImage:
+        with stage.source.open("rb", buffering=0) as file:
+            return await self._make(file, entry, stage, _no_progress)
+
+    async def _make(
+        self, source: BinaryIO, entry: Entry, stage: Stage, progress: Callable[[int], None]
+    ) -> FetchedImage:
+        """Verify the source, cut the image into chunks, publish it, remove the stage."""
+        draft = self._images.begin()
+        try:
+            make = self._from_raw if entry.format == "raw" else self._from_qcow2
+            sha256 = await make(source, entry, stage, draft, progress)
+            manifest = draft.manifest()
+            await trio.to_thread.run_sync(self._images.publish, entry.identifier, manifest)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._images.abandon, draft)
+            raise
+        self._images.finish(draft)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(stage.remove)
+        return FetchedImage(entry.identifier, manifest.size_bytes, sha256)
+
+    async def _from_raw(
+        self, source: BinaryIO, entry: Entry, stage: Stage, draft: Draft,
+        progress: Callable[[int], None],
+    ) -> str:  # fmt: skip
+        digests = await self._verified(source, entry, self._guarded(draft.add), progress)
+        return digests["sha256"]
+
+    async def _from_qcow2(
+        self, source: BinaryIO, entry: Entry, stage: Stage, draft: Draft,
+        progress: Callable[[int], None],
+    ) -> str:  # fmt: skip
+        # Always a copy: what was hashed must be what is converted.
+        with (
+            full_disk_is_no_space(stage.directory),
+            await trio.to_thread.run_sync(stage.container.open, "wb") as container,
+        ):
+            await self._verified(source, entry, self._guarded(container.writelines), progress)
+        size_bytes = await conversion.inspect(
+            stage.container, image_bytes_max=self._image_bytes_max
+        )
+        await conversion.convert(
+            stage.container, stage.image, size_bytes=size_bytes, space=self._space
+        )
+        _, digests = await ingest(
+            chunks_of_sparse_file(stage.image), self._guarded(draft.add), ["sha256"],
+            limiter=self._limiter, progress=_no_progress,
+        )  # fmt: skip
+        return digests["sha256"]
+
+    async def _verified(
+        self, source: BinaryIO, entry: Entry, sink: Consumer,
+        progress: Callable[[int], None],
+    ) -> dict[str, str]:  # fmt: skip
+        """Give the decompressed source to `sink`; return its digests once all are as promised."""
+        algorithms = {"sha256", *(a for a in _ALGORITHMS if a in entry.digests)}
+        chunks = chunks_of(
+            decompressed(source, entry.compression), entry.size_bytes, overlong=_overlong(entry)
+        )
+        size_bytes, digests = await ingest(
+            chunks, sink, algorithms, limiter=self._limiter, progress=progress
+        )
+        if size_bytes != entry.size_bytes:
+            raise _wrong_size(f"{size_bytes}", entry)
+        for algorithm in _ALGORITHMS:
+            expected = entry.digests.get(algorithm, "").lower()
+            if expected and digests[algorithm] != expected:
+                raise NotVerified(
+                    "digest-mismatch",
+                    f"The {algorithm} of what was fetched is {digests[algorithm]}, the entry "
+                    f"promises {expected}; the location serves another file.",
+                )
+        return digests
+
+    def _guarded(self, sink: Callable[[Batch], object]) -> Consumer:
+        """Return a sink that leaves the reserve alone and names a full disk."""
+
+        def guarded(batch: Batch) -> None:
+            self._space.require(sum(map(len, batch)))
+            with full_disk_is_no_space(self._stages):
+                sink(batch)
+
+        return guarded
+
+
+def _limit(entry: Entry) -> SizeLimit:
+    if entry.compression == "none":
+        return SizeLimit(entry.size_bytes, exact=True)
+    # No compressor makes its input more than a tenth longer.
+    return SizeLimit(entry.size_bytes * 11 // 10 + _COMPRESSED_MARGIN_BYTES, exact=False)
+
+
+def _wrong_size(got: str, entry: Entry) -> NotVerified:
+    return NotVerified(
+        "size-mismatch",
+        f"The source has {got} bytes, the entry promises {entry.size_bytes}; the location serves "
+        "another file.",
+    )
+
+
+def _overlong(entry: Entry) -> NotVerified:
+    if entry.compression == "none":
+        return _wrong_size(f"more than {entry.size_bytes}", entry)
+    return NotVerified(
+        "decompression-bomb",
+        f"The {entry.compression} source decompresses to more than the {entry.size_bytes} bytes "
+        "that the entry promises; it was stopped there.",
+    )
+
+
+def _combined(entry: Entry, failures: list[tuple[str, StratocacheError]]) -> StratocacheError:
+    """Return one error that names every location; the gravest kind gives class and code."""
+    if not failures:
+        return NotFound("location-not-found", f"Image {entry.identifier} has no location.")
+    errors = [error for _, error in failures]
+    named = [f"{location[:200]}: {error.message}" for location, error in failures[:_FAILURES_NAMED]]
+    if len(failures) > _FAILURES_NAMED:
+        named.append(f"and {len(failures) - _FAILURES_NAMED} more locations.")
+    message = f"Image {entry.identifier} cannot be fetched. " + " ".join(named)
+    for error in errors:
+        if isinstance(error, NotVerified):
+            return NotVerified(error.code, message)
+    for category in (NotFound, Refused):
+        if all(isinstance(error, category) for error in errors):
+            return category(errors[0].code, message)
+    return OriginFailed("origin-failed", message)
+
+
+def _no_progress(_: int) -> None:
+    """Count nothing: the source has been counted already."""

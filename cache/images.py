@@ -1,0 +1,361 @@
+"""Published images: manifests, who uses which chunk, and reading an image's bytes.
+
+An image exists when its manifest does. Chunks are removed only when no manifest and no draft (an
+image that is being made) names them; FETCH.md says why no race can remove one that is needed.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import trio
+
+from stratocache.cache.chunks import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    ChunkDescriptor,
+    ChunkStore,
+    zero_digest,
+)
+from stratocache.cache.errors import InvalidInput, NotFound, NotVerified
+from stratocache.cache.manifest import Manifest, fsync_directory
+from stratocache.cache.space import full_disk_is_no_space
+
+log = logging.getLogger(__name__)
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SUFFIX = ".caibx"
+_IMAGE_BYTES_MAX = 64 * 1024**4
+"""No manifest of ours describes more; it bounds the memory that a damaged file can claim."""
+_SWEEP_SHARDS = 16
+_ZERO_CHUNK = bytes(CHUNK_BYTES)
+
+
+class ImageReader:
+    """Reads one published image. Shared by all who read it; made by `ImageStore.reader`.
+
+    `read_nowait` never blocks but on the page cache and belongs to the event loop's thread; `read`
+    is its asynchronous completion. Data races: none, an image never changes.
+    """
+
+    def __init__(self, manifest: Manifest, chunks: ChunkStore, gate: "OpeningGate") -> None:
+        self.manifest = manifest
+        self.size_bytes = manifest.size_bytes
+        self._digests = manifest.digests
+        self._chunks = chunks
+        self._gate = gate
+        self._zero = zero_digest(CHUNK_BYTES)
+        last = manifest.chunk_count - 1
+        self._zero_last = last if last >= 0 and manifest.is_zero(last) else -1
+
+    def chunk(self, index: int) -> bytes | None:
+        """Return the digest of a chunk, or None when it is all zeros and thus not stored."""
+        digest = self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        if len(digest) != DIGEST_BYTES:
+            raise IndexError(index)
+        if digest == self._zero or index == self._zero_last:
+            return None
+        return digest
+
+    def chunk_path(self, index: int) -> Path | None:
+        """Return the file of a chunk, for a reflink; None for zeros. Open it with `open_chunk`
+        first: that is what verifies it."""
+        digest = self.chunk(index)
+        return None if digest is None else self._chunks.path(digest)
+
+    def open_chunk(self, index: int) -> ChunkDescriptor | None:
+        """Return a descriptor of a verified chunk, None for zeros; blocks. Raises `NotVerified`
+        (`chunk-missing`, `chunk-corrupt`)."""
+        digest = self.chunk(index)
+        return None if digest is None else self._chunks.open(digest)
+
+    def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
+        """Return bytes of the image, short at its end, or None when a chunk is not open yet."""
+        size = min(size, self.size_bytes - offset)
+        if size <= 0:
+            return b""
+        index, start = divmod(offset, CHUNK_BYTES)
+        if start + size > CHUNK_BYTES:
+            return self._read_pieces_nowait(offset, size)
+        digest = self.chunk(index)
+        if digest is None:
+            return _ZERO_CHUNK if size == CHUNK_BYTES else bytes(size)
+        descriptor = self._chunks.opened(digest)
+        if descriptor is None:
+            return None
+        return _read_exactly(descriptor, size, start)
+
+    def _read_pieces_nowait(self, offset: int, size: int) -> bytearray | None:
+        # One buffer that preadv fills, rather than pieces that a join copies again.
+        data = bytearray(size)
+        view = memoryview(data)
+        for piece_offset, piece_size in _pieces(offset, size):
+            index, start = divmod(piece_offset, CHUNK_BYTES)
+            digest = self.chunk(index)
+            if digest is not None:
+                descriptor = self._chunks.opened(digest)
+                if descriptor is None:
+                    return None
+                _fill(descriptor, view[piece_offset - offset :][:piece_size], start)
+        return data
+
+    async def read(self, offset: int, size: int) -> bytes | bytearray:
+        """Return bytes of the image, short at its end; chunks are opened and verified in a thread.
+
+        A chunk that many ask for is opened once. Raises `NotVerified` (`chunk-missing`,
+        `chunk-corrupt`).
+        """
+        data = self.read_nowait(offset, size)
+        if data is not None:
+            await trio.lowlevel.checkpoint()
+            return data
+        pieces = []
+        for piece_offset, piece_size in _pieces(offset, min(size, self.size_bytes - offset)):
+            digest = self.chunk(piece_offset // CHUNK_BYTES)
+            if digest is not None:
+                await self._gate.open(digest)
+            pieces.append(
+                await trio.to_thread.run_sync(self.read_blocking, piece_offset, piece_size)
+            )
+        return b"".join(pieces)
+
+    def read_blocking(self, offset: int, size: int) -> bytes:
+        """Return bytes of the image, short at its end, from any thread; opens what is not open.
+
+        Raises as `read` does.
+        """
+        pieces = []
+        for piece_offset, piece_size in _pieces(offset, min(size, self.size_bytes - offset)):
+            index, start = divmod(piece_offset, CHUNK_BYTES)
+            descriptor = self.open_chunk(index)
+            if descriptor is None:
+                pieces.append(bytes(piece_size))
+            else:
+                pieces.append(_read_exactly(descriptor, piece_size, start))
+        return b"".join(pieces)
+
+
+class OpeningGate:
+    """Opens and verifies chunks in threads, each once however many tasks wait for it."""
+
+    def __init__(self, chunks: ChunkStore) -> None:
+        self._chunks = chunks
+        self._opening: dict[bytes, trio.Event] = {}
+
+    async def open(self, digest: bytes) -> None:
+        """Return once a chunk has been opened; raises what `ChunkStore.open` does."""
+        while self._chunks.opened(digest) is None:
+            event = self._opening.get(digest)
+            if event is not None:
+                await event.wait()
+                continue
+            event = self._opening[digest] = trio.Event()
+            try:
+                await trio.to_thread.run_sync(self._chunks.open, digest)
+                return
+            finally:
+                del self._opening[digest]
+                event.set()
+
+
+class Draft:
+    """An image being made: chunks are added in order, then it is published or abandoned.
+
+    `add` and the ends run in threads, one at a time.
+    """
+
+    def __init__(self, chunks: ChunkStore) -> None:
+        self._chunks = chunks
+        self._digests = bytearray()
+        self.size_bytes = 0
+
+    def add(self, data: Sequence[bytes]) -> None:
+        """Append chunks: of `CHUNK_BYTES`, only the image's last fewer. Raises `NoSpace`."""
+        stored = []
+        for chunk in data:
+            if not chunk or len(chunk) > CHUNK_BYTES or self.size_bytes % CHUNK_BYTES:
+                raise ValueError(f"{len(chunk)} bytes do not fit at {self.size_bytes}")
+            # Two bytes objects: one memcmp, which ends at the first byte that is not zero.
+            zero = chunk == _ZERO_CHUNK
+            digest = zero_digest(CHUNK_BYTES) if zero else hashlib.sha256(chunk).digest()
+            self._digests += digest
+            self.size_bytes += len(chunk)
+            if not zero:
+                stored.append((digest, chunk))
+        # The digests are on record before the chunks are in the store: removal looks at records.
+        self._chunks.put_all(stored)
+
+    def manifest(self) -> Manifest:
+        """Return the manifest of what has been added."""
+        return Manifest(self.size_bytes, bytes(self._digests))
+
+    def stored(self) -> Iterable[bytes]:
+        """Return the digests added so far."""
+        digests = bytes(self._digests)
+        return (digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES))
+
+
+class ImageStore:
+    """The published images of one state directory. Methods block and may run in any thread."""
+
+    def __init__(self, state_dir: Path, chunks: ChunkStore) -> None:
+        self.chunks = chunks
+        self._directory = state_dir / "manifests"
+        self._directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._gate = OpeningGate(chunks)
+        self._lock = threading.Lock()
+        self._drafts: list[Draft] = []
+        self._readers: WeakValueDictionary[str, ImageReader] = WeakValueDictionary()
+
+    def manifest_path(self, identifier: str) -> Path:
+        """Return where an image's manifest is, or would be.
+
+        Raises `InvalidInput` (`identifier-invalid`) for what cannot be an identifier.
+        """
+        if not _IDENTIFIER.fullmatch(identifier):
+            raise InvalidInput(
+                "identifier-invalid",
+                f"{identifier[:80]!r} is not an image identifier: letters, digits, - and _ only.",
+                field="identifier",
+            )
+        return self._directory / f"{identifier}{_SUFFIX}"
+
+    def identifiers(self) -> list[str]:
+        """Return the identifiers of all published images, sorted."""
+        return sorted(
+            path.name.removesuffix(_SUFFIX)
+            for path in self._directory.iterdir()
+            if path.name.endswith(_SUFFIX) and not path.name.startswith(".")
+        )
+
+    def manifest(self, identifier: str) -> Manifest:
+        """Read an image's manifest. Raises `NotFound` (`image-not-found`), `NotVerified`."""
+        try:
+            path = self.manifest_path(identifier)
+            return Manifest.read(path, image_bytes_max=_IMAGE_BYTES_MAX)
+        except FileNotFoundError:
+            raise NotFound(
+                "image-not-found", f"No image {identifier} is in the cache; fetch it first."
+            ) from None
+
+    def reader(self, identifier: str) -> ImageReader:
+        """Return the reader of an image, the same one to all who ask while any of them holds it.
+
+        Raises as `manifest` does.
+        """
+        with self._lock:
+            reader = self._readers.get(identifier)
+        if reader is None:
+            made = ImageReader(self.manifest(identifier), self.chunks, self._gate)
+            with self._lock:
+                reader = self._readers.setdefault(identifier, made)
+        return reader
+
+    def begin(self) -> Draft:
+        """Start a draft; end it by `finish` or `abandon`."""
+        draft = Draft(self.chunks)
+        with self._lock:
+            self._drafts.append(draft)
+        return draft
+
+    def publish(self, identifier: str, manifest: Manifest) -> None:
+        """Make an image exist: chunks durable first, then its manifest. Raises `NoSpace`."""
+        path = self.manifest_path(identifier)
+        with full_disk_is_no_space(self._directory):
+            self.chunks.sync()
+            manifest.write(path)
+        with self._lock:
+            self._readers.pop(identifier, None)
+
+    def finish(self, draft: Draft) -> None:
+        """Forget a draft whose manifest has been published."""
+        with self._lock:
+            self._drafts.remove(draft)
+
+    def abandon(self, draft: Draft) -> None:
+        """Forget a draft, and remove the chunks that nothing else uses."""
+        self.finish(draft)
+        self._remove_unused(set(draft.stored()))
+
+    def remove(self, identifier: str) -> None:
+        """Remove an image: its manifest first, then the chunks that nothing else uses.
+
+        A crash in between leaves chunks that `sweep` removes. The caller has made sure that
+        nobody reads the image. Raises `NotFound` (`image-not-found`).
+        """
+        try:
+            candidates = set(self.manifest(identifier).stored())
+        except NotVerified as error:
+            log.warning("removing image %s without its chunks: %s", identifier, error)
+            candidates = set()
+        self.manifest_path(identifier).unlink(missing_ok=True)
+        fsync_directory(self._directory)
+        with self._lock:
+            self._readers.pop(identifier, None)
+        self._remove_unused(candidates)
+
+    def sweep(self) -> int:
+        """Remove what a crash left: half-written manifests and chunks of no image.
+
+        Returns how many chunks went. Memory is a sixteenth of the digests of all images.
+        """
+        for leftover in self._directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        removed = 0
+        for shard in range(_SWEEP_SHARDS):
+            first_bytes = range(shard * 256 // _SWEEP_SHARDS, (shard + 1) * 256 // _SWEEP_SHARDS)
+            candidates = {digest for byte in first_bytes for digest in self.chunks.digests(byte)}
+            removed += self._remove_unused(candidates)
+        return removed
+
+    def _remove_unused(self, candidates: set[bytes]) -> int:
+        if not candidates:
+            return 0
+        with self.chunks.condemned(candidates):
+            # Drafts before manifests: a draft that is published meanwhile is found as a manifest.
+            with self._lock:
+                drafts: Collection[Draft] = tuple(self._drafts)
+            for draft in drafts:
+                candidates.difference_update(draft.stored())
+            try:
+                for identifier in self.identifiers():
+                    candidates.difference_update(self._stored(identifier))
+            except NotVerified as error:
+                log.error("no chunk is removed while a manifest is damaged: %s", error)
+                return 0
+            return self.chunks.remove(candidates)
+
+    def _stored(self, identifier: str) -> Iterator[bytes]:
+        try:
+            yield from self.manifest(identifier).stored()
+        except NotFound:
+            return
+
+
+def _pieces(offset: int, size: int) -> Iterator[tuple[int, int]]:
+    end = offset + size
+    while offset < end:
+        piece = min(end - offset, CHUNK_BYTES - offset % CHUNK_BYTES)
+        yield offset, piece
+        offset += piece
+
+
+def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise _shortened()
+    return data
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
+    if os.preadv(descriptor, [buffer], offset) != len(buffer):
+        raise _shortened()
+
+
+def _shortened() -> NotVerified:
+    return NotVerified("chunk-corrupt", "A chunk's file was shortened; check the disk.")

@@ -1,0 +1,200 @@
+"""A real HTTP server on loopback that serves byte strings and fails on demand.
+
+Each resource has a queue of faults; a request takes the next one, and is served properly when
+none is left. The server logs what it was asked and what it sent.
+"""
+
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+
+_PIECE_BYTES = 64 * 1024
+
+
+@dataclass
+class Fault:
+    """What goes wrong with one answer; the default is nothing."""
+
+    status: int | None = None
+    """Answer this status and no content."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Sent as well, or instead."""
+    cut_after_bytes: int | None = None
+    """Close the connection after so many bytes of the body."""
+    ignore_range: bool = False
+    """Answer 200 and everything."""
+    hold: threading.Event | None = None
+    """Wait for this event where the cut would be, then go on."""
+
+
+@dataclass
+class Resource:
+    """What one path serves."""
+
+    data: bytes
+    etag: str | None = '"v1"'
+    last_modified: str | None = None
+    declare_length: bool = True
+    """Without a length the body ends with the connection."""
+    faults: deque[Fault] = field(default_factory=deque)
+
+
+@dataclass
+class Request:
+    """One line of the log."""
+
+    method: str
+    path: str
+    range: str | None
+    if_range: str | None
+    status: int = 0
+    sent_bytes: int = 0
+
+
+class OriginServer:
+    """Serves `resources`; its `log` grows with every request."""
+
+    def __init__(self) -> None:
+        self.resources: dict[str, Resource] = {}
+        self.log: list[Request] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        """The server's address without a trailing slash."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def add(self, path: str, resource: Resource | bytes) -> str:
+        """Serve a resource; return its URL."""
+        self.resources[path] = resource if isinstance(resource, Resource) else Resource(resource)
+        return self.url + path
+
+    def sent_bytes(self, path: str) -> int:
+        """Return how many bytes of bodies went out for a path."""
+        return sum(request.sent_bytes for request in self.log if request.path == path)
+
+
+@contextmanager
+def origin_server() -> Iterator[OriginServer]:
+    """Run a server for the time of a `with` block."""
+    with OriginServer() as server:
+        yield server
+
+
+def _handler(server: OriginServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            _answer(self, server)
+
+        do_HEAD = do_GET
+
+        def handle(self) -> None:
+            # Clients that hang up are what these tests are about.
+            with suppress(ConnectionError):
+                super().handle()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+def _answer(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
+    request = Request(
+        handler.command, handler.path, handler.headers["Range"], handler.headers["If-Range"]
+    )
+    server.log.append(request)
+    resource = server.resources.get(handler.path)
+    if resource is None:
+        request.status = 404
+        _send_head(handler, 404, {"Content-Length": "0"})
+        return
+    fault = resource.faults.popleft() if resource.faults else Fault()
+    if fault.status is not None:
+        request.status = fault.status
+        _send_head(handler, fault.status, {"Content-Length": "0"} | fault.headers)
+        return
+    status, headers, body = _content(resource, request, fault)
+    request.status = status
+    if not resource.declare_length:
+        handler.close_connection = True
+        headers = {"Connection": "close"} | {
+            name: text for name, text in headers.items() if name != "Content-Length"
+        }
+    _send_head(handler, status, headers | fault.headers)
+    _send_body(handler, request, body, fault)
+
+
+def _content(
+    resource: Resource, request: Request, fault: Fault
+) -> tuple[int, dict[str, str], memoryview]:
+    data = memoryview(resource.data)
+    headers = {"Content-Length": str(len(data))}
+    if resource.etag:
+        headers["ETag"] = resource.etag
+    if resource.last_modified:
+        headers["Last-Modified"] = resource.last_modified
+    match = re.fullmatch(r"bytes=(\d+)-", request.range or "")
+    same = request.if_range in (None, resource.etag, resource.last_modified)
+    if match is None or fault.ignore_range or not same:
+        return 200, headers, data
+    start = int(match[1])
+    if start >= len(data):
+        return 416, {"Content-Length": "0"}, data[:0]
+    headers["Content-Length"] = str(len(data) - start)
+    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+    return 206, headers, data[start:]
+
+
+def _send_head(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
+    handler.send_response(status)
+    for name, text in headers.items():
+        handler.send_header(name, text)
+    handler.end_headers()
+
+
+def _send_body(
+    handler: BaseHTTPRequestHandler, request: Request, body: memoryview, fault: Fault
+) -> None:
+    stop = len(body) if fault.cut_after_bytes is None else fault.cut_after_bytes
+    try:
+        _write(handler, request, body[:stop])
+        if fault.hold is not None:
+            fault.hold.wait(60)
+            _write(handler, request, body[stop:])
+        elif stop < len(body):
+            handler.close_connection = True
+    except OSError:
+        handler.close_connection = True  # the client went away
+
+
+def _write(handler: BaseHTTPRequestHandler, request: Request, data: memoryview) -> None:
+    for start in range(0, len(data), _PIECE_BYTES):
+        piece = data[start : start + _PIECE_BYTES]
+        handler.wfile.write(piece)
+        request.sent_bytes += len(piece)
+    handler.wfile.flush()
