@@ -8,6 +8,7 @@ is kept as long as an operation that may want it is open (`tidy`).
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -16,7 +17,7 @@ import trio
 from stratocache.cache.catalogue import Catalogues
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
-from stratocache.cache.errors import Cancelled, Conflict, Internal, StratocacheError
+from stratocache.cache.errors import Cancelled, Conflict, Internal, NotFound, StratocacheError
 from stratocache.cache.fetch import FetchedImage, Fetcher
 from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
@@ -164,7 +165,8 @@ class Acquisition:
 
     def _abandon(self, identifier: str) -> None:
         self._fetcher.discard(identifier)
-        self._images.remove(identifier)
+        with suppress(NotFound):
+            self._images.remove(identifier)
         with self._db.transaction() as connection:
             connection.execute(
                 "DELETE FROM images WHERE id = ? AND state = 'fetching'", (identifier,)

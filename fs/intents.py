@@ -59,7 +59,7 @@ def request_image_deletion(db: Database, caller: Caller, image_id: str) -> Opera
 
 
 def _refuse_used_image(db: Database, image_id: str) -> None:
-    clone = db.row("SELECT uuid FROM disks WHERE base_image = ?", image_id)
+    clone = db.row("SELECT uuid FROM disks WHERE base_image = ? AND form IS NOT 'raw'", image_id)
     if clone is not None:
         raise Conflict("image-in-use", f"Image {image_id} is the base of disk {clone['uuid']}.")
     held = db.row("SELECT instance FROM attachments WHERE image_id = ?", image_id)

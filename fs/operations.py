@@ -16,6 +16,7 @@ import trio
 
 from stratocache.cache.errors import (
     Cancelled,
+    Conflict,
     Internal,
     InvalidInput,
     StratocacheError,
@@ -83,7 +84,7 @@ class Operations:
             error = Internal("internal", f"The {operation.kind} failed: {bug!r}.")
         with trio.CancelScope(shield=True):
             if error is not None:
-                await trio.to_thread.run_sync(self._fail, operation, error)
+                await trio.to_thread.run_sync(self.record_failure, operation, error)
             await trio.to_thread.run_sync(self._acquisition.tidy)
         del self._tasks[operation.id]
         self._wake()
@@ -115,7 +116,7 @@ class Operations:
         })  # fmt: skip
         boot = await self._acquire(operation, request.reference)
         shared = [await self._acquire(operation, reference) for reference in request.readonly]
-        await trio.to_thread.run_sync(self._record_launch, operation, request, boot, shared)
+        await trio.to_thread.run_sync(self.record_launch, operation, request, boot, shared)
 
     async def _clone(self, operation: Operation) -> None:
         request = DiskRequest(**operation.request)
@@ -126,13 +127,17 @@ class Operations:
             with self._db.transaction() as connection:
                 sized = replace(request, size_bytes=_clone_size_bytes(image, request.size_bytes))
                 intents.insert_disk(connection, operation.owner, operation.subject, sized, image.id)
-                _touch(connection, image)
+                _hold(connection, image)
 
         await trio.to_thread.run_sync(record)
 
-    def _record_launch(
+    def record_launch(
         self, operation: Operation, request: LaunchRequest, boot: Image, shared: list[Image]
     ) -> None:
+        """Record the disk and the attachments that a launch wants; done once, however often run.
+
+        Raises what `intents` raises, and `Conflict` (`image-busy`).
+        """
         authorised = Caller(operation.owner, True)  # checked when the launch was asked for
         with self._db.transaction() as connection:
             if inventory.launch(self._db, request.instance).boot_disk is not None:
@@ -154,7 +159,7 @@ class Operations:
             for image in shared:
                 attach("readonly", "ro", image_id=image.id)
             for image in (boot, *shared):
-                _touch(connection, image)
+                _hold(connection, image)
             connection.execute(
                 "UPDATE launches SET boot_disk = ? WHERE instance = ?", (uuid, request.instance)
             )
@@ -205,7 +210,8 @@ class Operations:
                 (now(), operation_id),
             )
 
-    def _fail(self, operation: Operation, error: StratocacheError) -> None:
+    def record_failure(self, operation: Operation, error: StratocacheError) -> None:
+        """End an operation by an error, and mark for removal what a launch had recorded."""
         with self._db.transaction() as connection:
             if operation.kind == "launch":
                 intents.end_launch(connection, self._db, operation.subject)
@@ -239,8 +245,13 @@ def _clone_size_bytes(image: Image, wanted_bytes: int | None) -> int:
     return wanted_bytes or image.size_bytes
 
 
-def _touch(connection: sqlite3.Connection, image: Image) -> None:
-    connection.execute("UPDATE images SET last_used_at = ? WHERE id = ?", (now(), image.id))
+def _hold(connection: sqlite3.Connection, image: Image) -> None:
+    """Note the use of an image in the transaction that makes it used; it may be going meanwhile."""
+    held = connection.execute(
+        "UPDATE images SET last_used_at = ? WHERE id = ? AND state = 'verified'", (now(), image.id)
+    )
+    if held.rowcount != 1:
+        raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
 
 
 def finish(
@@ -251,8 +262,8 @@ def finish(
     operation_id: str | None = None,
 ) -> None:
     """End the open operations of a kind on a subject (or one of them) as done."""
-    _end(connection, kind, subject, "done", "result", result, operation_id)
-    record_event(connection, f"{kind}.done", subject, f"{kind} of {subject} is done.")
+    if _end(connection, kind, subject, "done", "result", result, operation_id):
+        record_event(connection, f"{kind}.done", subject, f"{kind} of {subject} is done.")
 
 
 def fail(
@@ -264,8 +275,8 @@ def fail(
 ) -> None:
     """End the open operations of a kind on a subject (or one of them) as failed or cancelled."""
     state = "cancelled" if isinstance(error, Cancelled) else "failed"
-    _end(connection, kind, subject, state, "error", dict(error.to_record()), operation_id)
-    record_event(connection, f"{kind}.{state}", subject, error.message)
+    if _end(connection, kind, subject, state, "error", dict(error.to_record()), operation_id):
+        record_event(connection, f"{kind}.{state}", subject, error.message)
 
 
 def _end(
@@ -276,8 +287,8 @@ def _end(
     column: str,
     value: dict[str, Any],
     operation_id: str | None,
-) -> None:
-    connection.execute(
+) -> bool:
+    ended = connection.execute(
         f"UPDATE operations SET state = :state, {column} = :value, updated_at = :at "
         "WHERE kind = :kind AND subject = :subject AND state IN ('pending', 'running') "
         "AND (:id IS NULL OR id = :id)",
@@ -290,3 +301,4 @@ def _end(
             "id": operation_id,
         },
     )
+    return ended.rowcount > 0

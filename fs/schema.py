@@ -25,7 +25,7 @@ MIGRATIONS: tuple[str, ...] = (
         uuid       TEXT NOT NULL UNIQUE,    -- version 4, lower case; also the directory below disks/
         state      TEXT NOT NULL CHECK (state IN ('creating', 'available', 'deleting')),
         size_bytes INTEGER NOT NULL CHECK (size_bytes > 0),
-        base_image TEXT REFERENCES images (id), -- NULL = blank disk; else holds the image
+        base_image TEXT,                    -- image it was cloned from, NULL = blank; an overlay needs it
         form       TEXT CHECK (form IN ('overlay', 'raw')), -- NULL until created
         owner      TEXT NOT NULL,           -- user name of the creator
         tag        TEXT NOT NULL DEFAULT '', -- free text for people, at most 40 characters
