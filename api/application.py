@@ -1,0 +1,55 @@
+"""The HTTP API as a WSGI application."""
+
+import falcon
+
+from stratocache.api.identity import caller_of
+from stratocache.api.problem import add_handlers
+from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
+from stratocache.api.resources.disks import DiskCollection, DiskItem
+from stratocache.api.resources.health import Index, Liveness, Readiness
+from stratocache.api.resources.images import ImageCollection, ImageItem, ImagePin
+from stratocache.api.resources.launches import LaunchCollection, LaunchItem
+from stratocache.api.resources.operations import OperationCollection, OperationItem
+from stratocache.api.service import Service
+from stratocache.cache.configuration import Configuration
+from stratocache.fs.state import Database
+
+_OPEN_PATHS = ("/healthz", "/readyz")
+
+
+class Authentication:
+    """Finds out who sends a request, before any resource sees it."""
+
+    def __init__(self, administrators: str) -> None:
+        self._administrators = administrators
+
+    def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Keep the caller in the request's context; health checks need none."""
+        if request.path not in _OPEN_PATHS:
+            request.context.caller = caller_of(request.env, self._administrators)
+
+
+def create_app(
+    configuration: Configuration, db: Database
+) -> falcon.App[falcon.Request, falcon.Response]:
+    """Return the application; `db` must have the present schema (`Database.migrate`)."""
+    service = Service(configuration, db)
+    app = falcon.App(middleware=[Authentication(configuration.api.group)])
+    app.req_options.strip_url_path_trailing_slash = True
+    add_handlers(app)
+    attachments = "/v1/disks/{uuid}/attachments"
+    app.add_route("/healthz", Liveness())
+    app.add_route("/readyz", Readiness(service))
+    app.add_route("/v1", Index(service))
+    app.add_route("/v1/images", ImageCollection(service))
+    app.add_route("/v1/images/{image_id}", ImageItem(service))
+    app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
+    app.add_route("/v1/disks", DiskCollection(service))
+    app.add_route("/v1/disks/{uuid}", DiskItem(service))
+    app.add_route(attachments, AttachmentCollection(service))
+    app.add_route(attachments + "/{attachment_id}", AttachmentItem(service))
+    app.add_route("/v1/launches", LaunchCollection(service))
+    app.add_route("/v1/launches/{instance}", LaunchItem(service))
+    app.add_route("/v1/operations", OperationCollection(service))
+    app.add_route("/v1/operations/{operation_id}", OperationItem(service))
+    return app

@@ -1,0 +1,153 @@
+"""`stratocache disk`: block devices that somebody owns."""
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from stratocache.api.session import Session, SizeType, json_option
+from stratocache.api.sizes import format_size
+
+if TYPE_CHECKING:
+    from stratocache.api.client import Document
+
+_VISIBILITY = click.Choice(["private", "public"])
+
+
+@click.group()
+def disk() -> None:
+    """Create, list, change, attach and delete disks."""
+
+
+@disk.command()
+@click.option("--size", "size_bytes", type=SizeType(), help="Such as 10G; blank disks need one.")
+@click.option("--reference", help="Clone this image; --size may grow the clone.")
+@click.option("--tag", default="", help="Free text, at most 40 characters.")
+@click.option("--visibility", type=_VISIBILITY, default="private", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["machine", "data", "readonly"]),
+    default="data",
+    show_default=True,
+)
+@click.option("--volatile", is_flag=True, help="Delete it when it is detached.")
+@json_option
+@click.pass_obj
+def create(session: Session, /, **wanted: Any) -> None:
+    """Create a disk and write its UUID."""
+    body = {name: value for name, value in wanted.items() if value is not None}
+    operation = session.client.post("/v1/disks", body, wait=0)
+    uuid = operation.get("uuid")
+    if uuid is None:
+        uuid = session.follow(operation, "create")["subject"]
+    session.show(session.client.get(_path(uuid)), uuid)
+
+
+@disk.command()
+@click.option("--tag", help="Only disks with this tag.")
+@click.option("--owner", help="Only disks of this user.")
+@json_option
+@click.pass_obj
+def ls(session: Session, tag: str | None, owner: str | None) -> None:
+    """List the disks that you may see."""
+    chosen = {name: value for name, value in (("tag", tag), ("owner", owner)) if value is not None}
+    session.show_table(
+        "disks",
+        session.client.items("/v1/disks", "disks", **chosen),
+        {
+            "UUID": lambda item: item["uuid"],
+            "STATE": lambda item: item["state"],
+            "SIZE": lambda item: format_size(item["size_bytes"]),
+            "FORM": lambda item: item["form"],
+            "OWNER": lambda item: item["owner"],
+            "TAG": lambda item: item["tag"],
+            "ATTACHED": lambda item: ",".join(item["attached_to"]) or None,
+        },
+    )
+
+
+@disk.command()
+@click.argument("uuid")
+@json_option
+@click.pass_obj
+def show(session: Session, uuid: str) -> None:
+    """Show one disk."""
+    session.show_fields(session.client.get(_path(uuid)))
+
+
+@disk.command()
+@click.argument("uuid")
+@json_option
+@click.pass_obj
+def rm(session: Session, uuid: str) -> None:
+    """Delete a disk that is not attached, for good."""
+    session.remove(_path(uuid), "delete")
+    session.show({"deleted": uuid}, f"Disk {uuid} is deleted.")
+
+
+@disk.command(name="set")
+@click.argument("uuid")
+@click.option("--tag")
+@click.option("--visibility", type=_VISIBILITY)
+@click.option("--owner", help="Give the disk to this user (administrators only).")
+@json_option
+@click.pass_obj
+def change(session: Session, /, uuid: str, **wanted: str | None) -> None:
+    """Change what is written about a disk."""
+    body = {name: value for name, value in wanted.items() if value is not None}
+    if not body:
+        raise click.UsageError("Give --tag, --visibility or --owner.")
+    session.show(session.client.patch(_path(uuid), body), f"Disk {uuid} is changed.")
+
+
+@disk.command()
+@click.argument("uuid")
+@click.option("--instance", required=True, help="Id of the VM that will use it.")
+@click.option("--access", type=click.Choice(["rw", "ro"]), default="rw", show_default=True)
+@click.option("--initiator", help="Only this iSCSI initiator name may log in.")
+@json_option
+@click.pass_obj
+def attach(session: Session, /, uuid: str, **wanted: str | None) -> None:
+    """Export a disk over iSCSI to an instance and write how to reach it."""
+    body = {name: value for name, value in wanted.items() if value is not None}
+    document = session.client.post(f"{_path(uuid)}/attachments", body, wait=0)
+    if "target_iqn" not in document:
+        done = session.follow(document, "attach")
+        document = session.client.get(f"{_path(uuid)}/attachments/{done['subject']}")
+    session.show_fields(document, hidden=("libvirt_xml", "qemu_args"))
+
+
+@disk.command()
+@click.argument("uuid")
+@click.option("--instance", help="Needed when several instances have it.")
+@json_option
+@click.pass_obj
+def detach(session: Session, uuid: str, instance: str | None) -> None:
+    """End the export of a disk to an instance."""
+    attachment = _attachment(session, uuid, instance)
+    session.remove(f"{_path(uuid)}/attachments/{attachment['id']}", "detach")
+    session.show(
+        {"detached": uuid, "instance": attachment["instance"]},
+        f"Disk {uuid} is detached from {attachment['instance']}.",
+    )
+
+
+def _attachment(session: Session, uuid: str, instance: str | None) -> "Document":
+    from stratocache.cache.errors import InvalidInput, NotFound
+
+    held = session.client.items(f"{_path(uuid)}/attachments", "attachments")
+    found = [item for item in held if instance in (None, item["instance"])]
+    if not found:
+        where = "to anything" if instance is None else f"to {instance}"
+        raise NotFound("attachment-unknown", f"Disk {uuid} is not attached {where}.")
+    if len(found) > 1:
+        raise InvalidInput(
+            "attachment-ambiguous",
+            f"Disk {uuid} is attached {len(found)} times; say which with --instance.",
+            field="instance",
+        )
+    return found[0]
+
+
+def _path(uuid: str) -> str:
+    return f"/v1/disks/{quote(uuid, safe='')}"

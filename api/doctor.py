@@ -1,0 +1,343 @@
+"""Checks of the host that the daemon is to run on, each with a way to mend what is wrong."""
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from stratocache.api.identity import group_id
+from stratocache.api.sizes import format_size
+from stratocache.cache.configuration import Configuration
+from stratocache.fs import reflink
+
+
+class Verdict(StrEnum):
+    """How a check ended; only FAIL keeps the daemon from working."""
+
+    OK = "OK"
+    WARN = "WARN"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found, and how to mend it (empty when all is well)."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    mend: str = ""
+
+
+_FUSE_DEVICE = Path("/dev/fuse")
+_RESEND_KERNEL = (6, 9)
+_OLDEST_KERNEL = (4, 19)
+_SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin"
+_PROGRAM_TIMEOUT_S = 10
+_SOCKET_PATH_BYTES_MAX = 107  # unix(7): sun_path, less its terminating zero
+_LONGEST_SOCKET = "poke.sock"
+_EARLIEST_CLOCK_S = 1_767_225_600  # 2026-01-01: this software is younger than that
+_TIMEX_BYTES = 208
+_TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
+
+
+def examine(configuration: Configuration) -> list[Finding]:
+    """Run every check; one that itself breaks is a FAIL with the reason."""
+    findings = []
+    for name, check in _CHECKS.items():
+        try:
+            findings.append(check(name, configuration))
+        except OSError as error:
+            findings.append(Finding(name, Verdict.FAIL, str(error), "Mend what the system names."))
+    return findings
+
+
+def _user(name: str, _configuration: Configuration) -> Finding:
+    if os.geteuid() == 0:
+        return Finding(name, Verdict.OK, "root")
+    return Finding(
+        name, Verdict.WARN, f"user {os.geteuid()}", "Run `stratocache serve` as root: it mounts."
+    )
+
+
+def _fuse(name: str, _configuration: Configuration) -> Finding:
+    try:
+        os.close(os.open(_FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return Finding(
+            name,
+            Verdict.FAIL,
+            f"{_FUSE_DEVICE}: {error.strerror}",
+            "Load the module (`modprobe fuse`), or give the container /dev/fuse.",
+        )
+    return Finding(name, Verdict.OK, str(_FUSE_DEVICE))
+
+
+def _kernel(name: str, _configuration: Configuration) -> Finding:
+    return kernel_finding(name, os.uname().release)
+
+
+def kernel_finding(name: str, release: str) -> Finding:
+    """Judge a kernel release by what it enables."""
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if version >= _RESEND_KERNEL:
+        return Finding(
+            name,
+            Verdict.OK,
+            f"Linux {release}: FUSE requests are re-sent, a restart of blockd is a short pause",
+        )
+    if version >= _OLDEST_KERNEL:
+        return Finding(
+            name,
+            Verdict.WARN,
+            f"Linux {release}: no FUSE_NOTIFY_RESEND, a restart of blockd makes initiators "
+            "reconnect",
+            "Linux 6.9 or newer makes restarts shorter.",
+        )
+    return Finding(name, Verdict.FAIL, f"Linux {release}", "Use Linux 4.19 or newer.")
+
+
+def _tgtd(name: str, configuration: Configuration) -> Finding:
+    wanted = configuration.iscsi.tgtd
+    found = _which(wanted)
+    if found is None or _which("tgtadm") is None:
+        missing = "tgtadm" if found else wanted
+        return Finding(name, Verdict.FAIL, f"{missing} is not on PATH", "Install the package tgt.")
+    return Finding(name, Verdict.OK, f"{found} {_version(found, '--version')}".strip())
+
+
+def _qemu_img(name: str, _configuration: Configuration) -> Finding:
+    found = _which("qemu-img")
+    if found is None:
+        return Finding(
+            name, Verdict.FAIL, "qemu-img is not on PATH", "Install the package qemu-utils."
+        )
+    return Finding(name, Verdict.OK, f"{found} {_version(found, '--version')}".strip())
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}")
+
+
+def _version(program: str, flag: str) -> str:
+    """Return the first version number that a program tells, or an empty text."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        run = subprocess.run(
+            [program, flag],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=_PROGRAM_TIMEOUT_S,
+            check=False,
+        )
+        number = re.search(r"\d+(\.\d+)+", run.stdout)
+        return number[0] if number else ""
+    return ""
+
+
+def _signatures(name: str, _configuration: Configuration) -> Finding:
+    program = "import lxml, xmlsec; print(lxml.__version__, xmlsec.__version__)"
+    run = subprocess.run(  # apart: libraries that do not fit may crash
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_PROGRAM_TIMEOUT_S,
+        check=False,
+    )
+    if run.returncode == 0:
+        return Finding(name, Verdict.OK, "lxml {}, xmlsec {}".format(*run.stdout.split()))
+    reason = run.stderr.strip().rpartition("\n")[2] or f"status {run.returncode}"
+    return Finding(
+        name,
+        Verdict.FAIL,
+        f"lxml and xmlsec do not load together: {reason}",
+        "Install the two versions that setup.cfg pins.",
+    )
+
+
+def _state_directory(name: str, configuration: Configuration) -> Finding:
+    path = configuration.state_dir
+    if not path.exists():
+        parent = _existing(path)
+        if os.access(parent, os.W_OK | os.X_OK):
+            return Finding(name, Verdict.OK, f"{path} will be created")
+        return Finding(
+            name,
+            Verdict.FAIL,
+            f"{path} is missing",
+            f"Create it, or give write access to {parent}.",
+        )
+    status = path.stat()
+    if not stat.S_ISDIR(status.st_mode) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return Finding(
+            name, Verdict.FAIL, f"{path} is no directory that can be written",
+            "Make it one, owned by the user that runs `stratocache serve`.",
+        )  # fmt: skip
+    if status.st_mode & 0o022:
+        return Finding(name, Verdict.FAIL, f"{path} can be written by others", f"chmod go-w {path}")
+    return Finding(name, Verdict.OK, f"{path}, mode {stat.S_IMODE(status.st_mode):04o}")
+
+
+def _run_directory(name: str, configuration: Configuration) -> Finding:
+    longest = configuration.run_dir.absolute() / _LONGEST_SOCKET
+    if len(os.fsencode(longest)) > _SOCKET_PATH_BYTES_MAX:
+        return Finding(
+            name,
+            Verdict.FAIL,
+            f"{longest} is too long for a Unix socket",
+            f"Choose a run_dir so that it has {_SOCKET_PATH_BYTES_MAX} bytes at most.",
+        )
+    parent = _existing(configuration.run_dir)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return Finding(
+            name, Verdict.FAIL, f"{parent} cannot be written", "Give write access, or run as root."
+        )
+    return Finding(name, Verdict.OK, str(configuration.run_dir))
+
+
+def _reflink(name: str, configuration: Configuration) -> Finding:
+    directory = _existing(configuration.state_dir)
+    if not os.access(directory, os.W_OK):
+        return Finding(
+            name, Verdict.WARN, f"{directory} cannot be written, so not tried", "Be root."
+        )
+    if reflink.supported(directory, directory):
+        return Finding(name, Verdict.OK, f"{directory}: clones of whole images cost no space")
+    return Finding(
+        name,
+        Verdict.WARN,
+        f"{directory} does not share extents: clones are overlays",
+        "XFS (reflink=1) or btrfs as state directory makes clones plain files.",
+    )
+
+
+def _space(name: str, configuration: Configuration) -> Finding:
+    directory = _existing(configuration.state_dir)
+    free = shutil.disk_usage(directory).free
+    reserve = configuration.space.reserve_bytes
+    detail = f"{format_size(free)} free, {format_size(reserve)} of it reserved"
+    if free <= reserve:
+        mend = f"Free space on {directory}, or lower space.reserve_bytes."
+        return Finding(name, Verdict.FAIL, detail, mend)
+    if free < 2 * reserve:
+        return Finding(name, Verdict.WARN, detail, f"Free space on {directory} soon.")
+    return Finding(name, Verdict.OK, detail)
+
+
+def _clock(name: str, _configuration: Configuration) -> Finding:
+    return clock_finding(name, time.time(), synchronised=_clock_synchronised())
+
+
+def clock_finding(name: str, now_s: float, *, synchronised: bool) -> Finding:
+    """Judge a clock: validity of entries is judged by it."""
+    shown = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_s))
+    if now_s < _EARLIEST_CLOCK_S:
+        return Finding(name, Verdict.FAIL, f"{shown} is long ago", "Set the clock; install chrony.")
+    if not synchronised:
+        return Finding(
+            name,
+            Verdict.WARN,
+            f"{shown}, not known to be synchronised",
+            "Install chrony or systemd-timesyncd: expiry of images is judged by this clock.",
+        )
+    return Finding(name, Verdict.OK, f"{shown}, synchronised")
+
+
+def _clock_synchronised() -> bool:
+    if Path("/run/systemd/timesync/synchronized").exists():
+        return True
+    buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # modes 0: only ask
+    status: int = ctypes.CDLL(None, use_errno=True).adjtimex(buffer)
+    return 0 <= status != _TIME_ERROR
+
+
+def _group(name: str, configuration: Configuration) -> Finding:
+    group = configuration.api.group
+    if group_id(group) is None:
+        return Finding(
+            name,
+            Verdict.WARN,
+            f"no group {group}: only root may use the API",
+            f"groupadd --system {group}",
+        )
+    return Finding(name, Verdict.OK, group)
+
+
+def _portal(name: str, configuration: Configuration) -> Finding:
+    address, port = configuration.iscsi.address, configuration.iscsi.port
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return _portal_fault(name, configuration, error)
+    return Finding(name, Verdict.OK, f"{address}:{port} is free")
+
+
+def _portal_fault(name: str, configuration: Configuration, error: OSError) -> Finding:
+    where = f"{configuration.iscsi.address}:{configuration.iscsi.port}"
+    if error.errno == errno.EADDRINUSE:
+        if _listens(configuration.api_socket):
+            return Finding(name, Verdict.OK, f"{where} is served by the running daemon")
+        return Finding(
+            name,
+            Verdict.FAIL,
+            f"{where} is in use by another program",
+            "Stop that (perhaps the system's tgt), or set iscsi.port to a free one.",
+        )
+    return Finding(
+        name, Verdict.FAIL, f"{where}: {error.strerror}",
+        "Set iscsi.address to an address of this host.",
+    )  # fmt: skip
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or its nearest parent that exists."""
+    return next(found for found in _upwards(path.absolute()) if found.exists())
+
+
+def _upwards(path: Path) -> Iterator[Path]:
+    yield path
+    yield from path.parents
+
+
+_CHECKS: dict[str, Callable[[str, Configuration], Finding]] = {
+    "user": _user,
+    "fuse": _fuse,
+    "kernel": _kernel,
+    "tgtd": _tgtd,
+    "qemu-img": _qemu_img,
+    "signatures": _signatures,
+    "state directory": _state_directory,
+    "run directory": _run_directory,
+    "reflink": _reflink,
+    "space": _space,
+    "clock": _clock,
+    "group": _group,
+    "portal": _portal,
+}

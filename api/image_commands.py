@@ -1,0 +1,136 @@
+"""`stratocache image`: the cached images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from stratocache.api.session import Session, json_option
+from stratocache.api.sizes import format_size
+
+if TYPE_CHECKING:
+    from stratocache.api.client import Document
+
+
+@click.group()
+def image() -> None:
+    """Fetch, list, pin, mount and delete cached images."""
+
+
+@image.command()
+@click.argument("reference")
+@click.option("--pin", is_flag=True, help="Never evict it.")
+@json_option
+@click.pass_obj
+def fetch(session: Session, reference: str, pin: bool) -> None:
+    """Bring an image into the cache and write its id; Ctrl-C cancels the fetch."""
+    operation = session.client.post("/v1/images", {"reference": reference, "pin": pin}, wait=0)
+    done = session.follow(operation, "fetch")
+    document = session.client.get(_path(done["result"]["image"]))
+    session.show(document, document["id"])
+
+
+@image.command()
+@click.option("--state", help="Only images in this state.")
+@json_option
+@click.pass_obj
+def ls(session: Session, state: str | None) -> None:
+    """List the images."""
+    chosen = {} if state is None else {"state": state}
+    session.show_table(
+        "images",
+        session.client.items("/v1/images", "images", **chosen),
+        {
+            "ID": lambda item: item["id"],
+            "STATE": lambda item: item["state"],
+            "SIZE": _size,
+            "PINNED": lambda item: item["pinned"],
+            "TITLE": lambda item: item["entry"]["title"],
+        },
+    )
+
+
+def _size(item: "Document") -> Any:
+    return None if item["size_bytes"] is None else format_size(item["size_bytes"])
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@json_option
+@click.pass_obj
+def show(session: Session, image_id: str) -> None:
+    """Show one image and the entry it was fetched by."""
+    session.show_fields(session.client.get(_path(image_id)))
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@json_option
+@click.pass_obj
+def rm(session: Session, image_id: str) -> None:
+    """Delete an image that nothing uses."""
+    session.remove(_path(image_id), "delete")
+    session.show({"deleted": image_id}, f"Image {image_id} is deleted.")
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@json_option
+@click.pass_obj
+def pin(session: Session, image_id: str) -> None:
+    """Never evict an image."""
+    session.show(session.client.put(_path(image_id) + "/pin"), f"Image {image_id} is pinned.")
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@json_option
+@click.pass_obj
+def unpin(session: Session, image_id: str) -> None:
+    """Let an image be evicted again."""
+    document = session.client.delete(_path(image_id) + "/pin")
+    session.show(document, f"Image {image_id} is not pinned.")
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--partition", type=click.IntRange(1, 128), help="Number; found by itself if absent.")
+@json_option
+@click.pass_obj
+def mount(session: Session, image_id: str, directory: Path, partition: int | None) -> None:
+    """Mount a file system of an image read-only on DIRECTORY."""
+    from stratocache.cache.errors import Conflict
+    from stratocache.fs.partition import mount_image
+
+    document = session.client.get(_path(image_id))
+    if document["state"] != "verified":
+        raise Conflict("image-busy", f"Image {image_id} is {document['state']}; try again later.")
+    block_file = session.configuration.blocks / "images" / document["id"]
+    mounted = mount_image(block_file, directory, partition)
+    session.show(
+        {
+            "image": mounted.image_id,
+            "directory": str(directory),
+            "partition": mounted.partition.number,
+            "file_system": mounted.partition.file_system,
+        },
+        f"Image {image_id} is mounted read-only on {directory}.",
+    )
+
+
+@image.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@json_option
+@click.pass_obj
+def umount(session: Session, directory: Path) -> None:
+    """Undo `image mount`; no loop device stays behind."""
+    from stratocache.fs.partition import unmount_image
+
+    unmount_image(directory)
+    session.show({"directory": str(directory)}, f"{directory} is unmounted.")
+
+
+def _path(image_id: str) -> str:
+    return f"/v1/images/{quote(image_id, safe='')}"

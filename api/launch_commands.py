@@ -1,0 +1,137 @@
+"""`stratocache launch` and `halt`: a reference becomes the disks of a VM."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from stratocache.api.session import Session, SizeType, json_option
+
+if TYPE_CHECKING:
+    from stratocache.api.client import Document
+
+_QEMU = "qemu-system-x86_64"
+_KVM = Path("/dev/kvm")
+
+
+@click.command()
+@click.argument("reference")
+@click.option("--instance", required=True, help="Id of the VM.")
+@click.option("--size", "size_bytes", type=SizeType(), help="Grow the boot disk, such as 20G.")
+@click.option("--disk", "disks", multiple=True, metavar="UUID", help="Attach this disk too.")
+@click.option(
+    "--readonly-disk", "readonly", multiple=True, metavar="REFERENCE",
+    help="Attach this image too, read-only.",
+)  # fmt: skip
+@click.option("--initiator", help="Only this iSCSI initiator name may log in.")
+@click.option(
+    "--print", "format_", type=click.Choice(["json", "xml", "qemu"]),
+    help="Write JSON, libvirt <disk> elements, or QEMU arguments.",
+)  # fmt: skip
+@click.option(
+    "--run", "runner", type=click.Choice(["qemu", "libvirt"]),
+    help="Run the VM here, its serial console on this terminal; halt it when it ends.",
+)  # fmt: skip
+@click.option("--memory", type=SizeType(), default="1G", show_default=True, help="With --run.")
+@click.option("--accel", type=click.Choice(["kvm", "tcg"]), help="With --run; KVM where it works.")
+@json_option
+@click.pass_obj
+def launch(
+    session: Session,
+    /,
+    format_: str | None,
+    runner: str | None,
+    memory: int,
+    accel: str | None,
+    **wanted: Any,
+) -> None:
+    """Clone REFERENCE for a new VM and write how to reach its disks; Ctrl-C undoes it."""
+    _require_runner(runner)
+    session.as_json = session.as_json or format_ == "json"
+    body = {name: value for name, value in wanted.items() if value is not None}
+    document = session.client.post("/v1/launches", body, wait=0)
+    if "attachments" not in document:
+        session.follow(document, "launch")
+        document = session.client.get(_path(wanted["instance"]))
+    if runner == "qemu":
+        _run(session, document, memory, accel)
+    elif session.as_json:
+        session.show(document, "")
+    elif format_ == "xml":
+        click.echo(document["libvirt_xml"])
+    elif format_ == "qemu":
+        click.echo(shlex.join(document["qemu_args"]))
+    else:
+        _summarise(session, document)
+
+
+def _require_runner(runner: str | None) -> None:
+    from stratocache.cache.errors import InvalidInput
+
+    if runner == "libvirt":
+        raise InvalidInput(
+            "runner-unsupported",
+            "Running through libvirt is not supported yet; use --print xml in a domain's XML.",
+            field="run",
+        )
+    if runner == "qemu" and shutil.which(_QEMU) is None:
+        raise InvalidInput(
+            "runner-missing", f"{_QEMU} is not installed (package qemu-system-x86).", field="run"
+        )
+
+
+def _summarise(session: Session, document: "Document") -> None:
+    session.show_table(
+        "attachments",
+        document["attachments"],
+        {
+            "ROLE": lambda item: item["role"],
+            "ACCESS": lambda item: item["access"],
+            "DISK OR IMAGE": lambda item: item["disk_uuid"] or item["image_id"],
+            "URL": lambda item: item["iscsi_url"],
+        },
+    )
+
+
+def _run(session: Session, document: "Document", memory: int, accel: str | None) -> None:
+    """Run QEMU in the foreground, then halt the instance; raises `Internal` when QEMU failed."""
+    from stratocache.cache.errors import Internal
+
+    command = qemu_command(document["qemu_args"], memory, accel)
+    try:
+        status = subprocess.run(command, check=False).returncode
+    finally:
+        session.remove(_path(document["instance"]), "halt")
+    if status != 0:
+        raise Internal("qemu-failed", f"{_QEMU} ended with status {status}.")
+
+
+def qemu_command(arguments: Sequence[str], memory_bytes: int, accel: str | None) -> list[str]:
+    """Return a whole QEMU command: these disks, one user-mode network card, serial on stdio."""
+    if accel is None:
+        accel = "kvm" if os.access(_KVM, os.R_OK | os.W_OK) else "tcg"
+    return [
+        _QEMU, "-accel", accel, "-machine", "q35", "-cpu", "max",
+        "-m", f"{memory_bytes // 1024**2}M", "-nodefaults", "-no-user-config", "-display", "none",
+        "-serial", "mon:stdio", "-nic", "user,model=virtio-net-pci", *arguments,
+    ]  # fmt: skip
+
+
+@click.command()
+@click.argument("instance")
+@json_option
+@click.pass_obj
+def halt(session: Session, instance: str) -> None:
+    """Detach all disks of an instance and delete its volatile ones."""
+    session.remove(_path(instance), "halt")
+    session.show({"halted": instance}, f"Instance {instance} is halted.")
+
+
+def _path(instance: str) -> str:
+    return f"/v1/launches/{quote(instance, safe='')}"

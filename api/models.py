@@ -1,0 +1,119 @@
+"""What requests carry: pydantic models with every limit, and how a body becomes one."""
+
+from typing import Annotated, Literal, TypeVar
+
+import falcon
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from stratocache.api.problem import HttpProblem
+from stratocache.api.sizes import SECTOR_BYTES, SIZE_BYTES_MAX, SIZE_BYTES_MIN
+from stratocache.cache.errors import InvalidInput
+from stratocache.fs.target import check_initiator_name
+
+BODY_BYTES_MAX = 1024**2
+DISKS_MAX = 64
+TAG_CHARACTERS_MAX = 40
+
+SizeBytes = Annotated[int, Field(ge=SIZE_BYTES_MIN, le=SIZE_BYTES_MAX, multiple_of=SECTOR_BYTES)]
+Reference = Annotated[
+    str, Field(min_length=1, max_length=4096, pattern=r"^[^\s\x00-\x1f\x7f]+$")
+]  # no blanks: references are URLs and identifiers
+InstanceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Tag = Annotated[str, Field(max_length=TAG_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")]
+UserName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$")]
+Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+InitiatorName = Annotated[str, Field(max_length=223), AfterValidator(check_initiator_name)]
+Visibility = Literal["private", "public"]
+DiskKind = Literal["machine", "data", "readonly"]
+Access = Literal["rw", "ro"]
+
+
+class RequestModel(BaseModel):
+    """Base of every body: unknown fields are refused, nothing is converted in silence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ImageFetch(RequestModel):
+    """`POST /v1/images`."""
+
+    reference: Reference
+    pin: bool = False
+
+
+class DiskCreation(RequestModel):
+    """`POST /v1/disks`: blank of a size, or a clone of a reference, grown to the size if given."""
+
+    size_bytes: SizeBytes | None = None
+    reference: Reference | None = None
+    tag: Tag = ""
+    visibility: Visibility = "private"
+    kind: DiskKind = "data"
+    volatile: bool = False
+
+
+class DiskChange(RequestModel):
+    """`PATCH /v1/disks/{uuid}`: a field that is absent or null stays as it is."""
+
+    tag: Tag | None = None
+    visibility: Visibility | None = None
+    owner: UserName | None = None
+
+
+class AttachmentCreation(RequestModel):
+    """`POST /v1/disks/{uuid}/attachments`."""
+
+    instance: InstanceId
+    access: Access = "rw"
+    initiator: InitiatorName | None = None
+
+
+class LaunchCreation(RequestModel):
+    """`POST /v1/launches`."""
+
+    reference: Reference
+    instance: InstanceId
+    size_bytes: SizeBytes | None = None
+    disks: Annotated[tuple[Uuid, ...], Field(max_length=DISKS_MAX)] = ()
+    readonly: Annotated[tuple[Reference, ...], Field(max_length=DISKS_MAX)] = ()
+    initiator: InitiatorName | None = None
+    provisional: bool = False
+
+
+Model = TypeVar("Model", bound=RequestModel)
+
+
+def read_body(request: falcon.Request, model: type[Model]) -> Model:
+    """Return the body as `model`.
+
+    Raises `HttpProblem` 415 (`body-not-json`) and 413 (`body-too-large`), and `InvalidInput` with
+    code `body-invalid`, `field-unknown`, `field-missing` or `field-invalid` naming the field.
+    """
+    media_type = (request.content_type or "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HttpProblem(415, "body-not-json", "Send JSON with Content-Type: application/json.")
+    terminated = request.env.get("wsgi.input_terminated", False)  # then chunked bodies end too
+    stream = request.stream if terminated else request.bounded_stream
+    body = stream.read(BODY_BYTES_MAX + 1)
+    if len(body) > BODY_BYTES_MAX:
+        raise HttpProblem(413, "body-too-large", f"A body may have {BODY_BYTES_MAX} bytes at most.")
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _explain(error: ValidationError) -> InvalidInput:
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "json_invalid" | "model_type":
+            return InvalidInput("body-invalid", f"The body is not a JSON object: {first['msg']}.")
+        case "extra_forbidden":
+            return InvalidInput(
+                "field-unknown", f"There is no field {field!r} here; remove it.", field=field
+            )
+        case "missing":
+            return InvalidInput("field-missing", f"Give the field {field!r}.", field=field)
+        case _:
+            return InvalidInput("field-invalid", f"Field {field!r}: {first['msg']}.", field=field)

@@ -1,0 +1,68 @@
+"""`stratocache operation`: work under way, and work that has ended."""
+
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import click
+
+from stratocache.api.session import Session, json_option
+
+if TYPE_CHECKING:
+    from stratocache.api.client import Document
+
+
+@click.group()
+def operation() -> None:
+    """List, show and cancel operations."""
+
+
+@operation.command()
+@click.option("--state", type=click.Choice(["pending", "running", "done", "failed", "cancelled"]))
+@json_option
+@click.pass_obj
+def ls(session: Session, state: str | None) -> None:
+    """List operations, oldest first."""
+    chosen = {} if state is None else {"state": state}
+    session.show_table(
+        "operations",
+        session.client.items("/v1/operations", "operations", **chosen),
+        {
+            "ID": lambda item: item["id"],
+            "KIND": lambda item: item["kind"],
+            "STATE": lambda item: item["state"],
+            "PROGRESS": _progress,
+            "SUBJECT": lambda item: item["subject"],
+            "ERROR": lambda item: (item["error"] or {}).get("code"),
+        },
+    )
+
+
+def _progress(item: "Document") -> str | None:
+    from stratocache.api.progress import progress_text
+
+    if item["progress_bytes"] == 0 and item["total_bytes"] is None:
+        return None
+    return progress_text(item["progress_bytes"], item["total_bytes"])
+
+
+@operation.command()
+@click.argument("operation_id", metavar="ID")
+@json_option
+@click.pass_obj
+def show(session: Session, operation_id: str) -> None:
+    """Show one operation."""
+    session.show_fields(session.client.get(_path(operation_id)))
+
+
+@operation.command()
+@click.argument("operation_id", metavar="ID")
+@json_option
+@click.pass_obj
+def cancel(session: Session, operation_id: str) -> None:
+    """Stop an operation and undo what it began."""
+    ended = session.client.delete(_path(operation_id), wait=60)
+    session.show(ended, f"Operation {operation_id} is {ended['state']}.")
+
+
+def _path(operation_id: str) -> str:
+    return f"/v1/operations/{quote(operation_id, safe='')}"

@@ -1,0 +1,61 @@
+"""Query parameters: waiting, paging, filters; unknown ones are refused by name."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import falcon
+
+from stratocache.cache.errors import InvalidInput
+
+WAIT_S_MAX = 600
+PAGE_LENGTH = 100
+PAGE_LENGTH_MAX = 1000
+
+Item = TypeVar("Item")
+
+
+def require_known(request: falcon.Request, *names: str) -> None:
+    """Raise `InvalidInput` (`parameter-unknown`) when the query has a name not in `names`."""
+    for name in request.params:
+        if name not in names:
+            raise InvalidInput(
+                "parameter-unknown", f"There is no parameter {name!r} here; remove it.", field=name
+            )
+
+
+def wait_seconds(request: falcon.Request, default: float) -> float:
+    """Return `?wait=`, a number of seconds from 0 to 600; raises `InvalidInput`."""
+    text = request.get_param("wait")
+    if text is None:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= WAIT_S_MAX:  # also refuses NaN
+        raise InvalidInput(
+            "parameter-invalid",
+            f"wait is a number of seconds from 0 to {WAIT_S_MAX}.",
+            field="wait",
+        )
+    return seconds
+
+
+def page(
+    request: falcon.Request, items: Iterable[Item], cursor_of: Callable[[Item], str]
+) -> tuple[list[Item], str | None]:
+    """Return the items that `?after=` and `?limit=` select, and the cursor of the next page.
+
+    Items are ordered by their cursor. A cursor stays good when its item is gone. Raises
+    `InvalidInput` (`parameter-invalid`).
+    """
+    text = request.get_param("limit") or str(PAGE_LENGTH)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= PAGE_LENGTH_MAX):
+        raise InvalidInput(
+            "parameter-invalid", f"limit is a number from 1 to {PAGE_LENGTH_MAX}.", field="limit"
+        )
+    limit, after = int(text), request.get_param("after") or ""
+    ordered = sorted((cursor_of(item), item) for item in items)
+    rest = [(cursor, item) for cursor, item in ordered if cursor > after]
+    chosen = [item for _cursor, item in rest[:limit]]
+    return chosen, (rest[limit - 1][0] if len(rest) > limit else None)

@@ -1,0 +1,227 @@
+"""What responses carry: one pydantic model per resource, and its entity tag."""
+
+import hashlib
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from stratocache.api import connection_details
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.entry import Entry
+from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation
+from stratocache.fs.target import LUN
+
+
+class Representation(BaseModel):
+    """Base of everything that is answered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> bytes:
+        """Return the bytes of the response."""
+        return self.model_dump_json().encode()
+
+    @property
+    def etag(self) -> str:
+        """A strong validator (RFC 9110 section 8.8.3): the digest of the representation."""
+        return hashlib.sha256(self.to_json()).hexdigest()[:32]
+
+
+class ImageView(Representation):
+    """An image."""
+
+    id: str
+    state: Literal["fetching", "verified", "deleting"]
+    size_bytes: int | None
+    sha256: str | None
+    pinned: bool
+    created_at: str
+    verified_at: str | None
+    last_used_at: str | None
+    entry: Entry
+
+    @classmethod
+    def of(cls, image: Image) -> Self:
+        """Show an image."""
+        return cls(
+            id=image.id,
+            state=image.state,
+            size_bytes=image.size_bytes,
+            sha256=image.sha256,
+            pinned=image.pinned,
+            created_at=image.created_at,
+            verified_at=image.verified_at,
+            last_used_at=image.last_used_at,
+            entry=image.entry,
+        )
+
+
+class DiskView(Representation):
+    """A disk."""
+
+    uuid: str
+    state: Literal["creating", "available", "deleting"]
+    size_bytes: int
+    base_image: str | None
+    form: Literal["overlay", "raw"] | None
+    owner: str
+    tag: str
+    visibility: Literal["private", "public"]
+    kind: Literal["machine", "data", "readonly"]
+    volatile: bool
+    created_at: str
+    attached_to: list[str]
+    """Instances that have it now."""
+
+    @classmethod
+    def of(cls, disk: Disk, attachments: list[Attachment]) -> Self:
+        """Show a disk; `attachments` are its own."""
+        return cls(
+            uuid=disk.uuid,
+            state=disk.state,
+            size_bytes=disk.size_bytes,
+            base_image=disk.base_image,
+            form=disk.form,
+            owner=disk.owner,
+            tag=disk.tag,
+            visibility=disk.visibility,
+            kind=disk.kind,
+            volatile=disk.volatile,
+            created_at=disk.created_at,
+            attached_to=[attachment.instance for attachment in attachments],
+        )
+
+
+class Chap(Representation):
+    """CHAP credentials (RFC 1994) of one attachment."""
+
+    username: str
+    secret: str
+
+
+class AttachmentView(Representation):
+    """An attachment; what would let somebody log in is only shown to those who may."""
+
+    id: str
+    state: Literal["wanted", "ready", "removing"]
+    disk_uuid: str | None
+    image_id: str | None
+    instance: str
+    role: Literal["boot", "disk", "readonly"]
+    access: Literal["rw", "ro"]
+    initiator: str | None
+    owner: str
+    created_at: str
+    portal: str
+    target_iqn: str
+    lun: int
+    chap: Chap | None
+    iscsi_url: str | None
+    libvirt_xml: str
+    qemu_args: list[str]
+
+    @classmethod
+    def of(
+        cls, configuration: Configuration, caller: Caller, attachment: Attachment, index: int
+    ) -> Self:
+        """Show an attachment to `caller`; `index` counts the instance's disks from 0."""
+        details = connection_details.details_of(configuration, attachment)
+        trusted = caller.administrator or caller.name == attachment.owner
+        chap = Chap(username=attachment.chap_username, secret=attachment.chap_secret)
+        return cls(
+            id=attachment.id,
+            state=attachment.state,
+            disk_uuid=attachment.disk_uuid,
+            image_id=attachment.image_id,
+            instance=attachment.instance,
+            role=attachment.role,
+            access=attachment.access,
+            initiator=attachment.initiator,
+            owner=attachment.owner,
+            created_at=attachment.created_at,
+            portal=details.portal,
+            target_iqn=details.target_iqn,
+            lun=LUN,
+            chap=chap if trusted else None,
+            iscsi_url=details.iscsi_url if trusted else None,
+            libvirt_xml=connection_details.libvirt_xml(details, index),
+            qemu_args=connection_details.qemu_args(details),
+        )
+
+
+class LaunchView(Representation):
+    """An instance and everything its launcher needs."""
+
+    instance: str
+    state: Literal["preparing", "active", "ending"]
+    reference: str
+    operation: str
+    created_at: str
+    boot: AttachmentView | None
+    """None until the clone is made."""
+    attachments: list[AttachmentView]
+    """All of them, boot first."""
+    libvirt_xml: str
+    qemu_args: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        configuration: Configuration,
+        caller: Caller,
+        launch: Launch,
+        attachments: list[Attachment],
+    ) -> Self:
+        """Show a launch; `attachments` are its instance's, in order."""
+        views = [
+            AttachmentView.of(configuration, caller, attachment, index)
+            for index, attachment in enumerate(attachments)
+        ]
+        return cls(
+            instance=launch.instance,
+            state=launch.state,
+            reference=launch.request["reference"],
+            operation=launch.operation_id,
+            created_at=launch.created_at,
+            boot=next((view for view in views if view.role == "boot"), None),
+            attachments=views,
+            libvirt_xml="\n".join(view.libvirt_xml for view in views),
+            qemu_args=[argument for view in views for argument in view.qemu_args],
+        )
+
+
+class OperationView(Representation):
+    """An operation."""
+
+    id: str
+    kind: str
+    subject: str
+    state: Literal["pending", "running", "done", "failed", "cancelled"]
+    progress_bytes: int
+    total_bytes: int | None
+    cancel_requested: bool
+    owner: str
+    created_at: str
+    updated_at: str
+    request: dict[str, Any]
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, operation: Operation) -> Self:
+        """Show an operation."""
+        return cls(
+            id=operation.id,
+            kind=operation.kind,
+            subject=operation.subject,
+            state=operation.state,
+            progress_bytes=operation.progress_bytes,
+            total_bytes=operation.total_bytes,
+            cancel_requested=operation.cancel_requested,
+            owner=operation.owner,
+            created_at=operation.created_at,
+            updated_at=operation.updated_at,
+            request=operation.request,
+            result=operation.result,
+            error=operation.error,
+        )

@@ -1,0 +1,77 @@
+"""`/v1`, `/healthz` and `/readyz`: what this is, and whether it works."""
+
+import json
+
+import falcon
+
+from stratocache import __version__
+from stratocache.api import answers, models, query, readiness, sizes
+from stratocache.api.service import Service
+from stratocache.cache.errors import Unreachable
+
+CAPABILITIES = (
+    "launches",
+    "images",
+    "disks",
+    "attachments",
+    "operations",
+    "catalogue:stratuslab",
+    "target:tgt",
+)
+
+
+class Index:
+    """`/v1`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Tell version, capabilities, limits, and who the caller is taken for."""
+        query.require_known(request)
+        caller = answers.caller(request)
+        document = {
+            "name": "stratocache",
+            "version": __version__,
+            "api": "v1",
+            "capabilities": CAPABILITIES,
+            "catalogues": sorted(self._service.configuration.catalogues),
+            "limits": {
+                "size_bytes_min": sizes.SIZE_BYTES_MIN,
+                "size_bytes_max": sizes.SIZE_BYTES_MAX,
+                "size_bytes_multiple": sizes.SECTOR_BYTES,
+                "body_bytes_max": models.BODY_BYTES_MAX,
+                "tag_characters_max": models.TAG_CHARACTERS_MAX,
+                "launch_disks_max": models.DISKS_MAX,
+                "wait_s_max": query.WAIT_S_MAX,
+                "page_length": query.PAGE_LENGTH,
+                "page_length_max": query.PAGE_LENGTH_MAX,
+            },
+            "caller": {"name": caller.name, "administrator": caller.administrator},
+        }
+        response.content_type = falcon.MEDIA_JSON
+        response.data = json.dumps(document).encode()
+
+
+class Liveness:
+    """`/healthz`."""
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Answer as long as this process can."""
+        response.content_type = falcon.MEDIA_JSON
+        response.data = b'{"status":"alive"}'
+
+
+class Readiness:
+    """`/readyz`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Answer 200 when every part works, else 503 naming the first part that does not."""
+        faults = readiness.faults(self._service.configuration, self._service.db)
+        if faults:
+            raise Unreachable("not-ready", " ".join(faults.values()), field=next(iter(faults)))
+        response.content_type = falcon.MEDIA_JSON
+        response.data = b'{"status":"ready"}'

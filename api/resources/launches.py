@@ -1,0 +1,96 @@
+"""`/v1/launches`: everything that booting an instance needs, in one request."""
+
+import falcon
+
+from stratocache.api import answers, query
+from stratocache.api.models import LaunchCreation, read_body
+from stratocache.api.representations import LaunchView
+from stratocache.api.service import Service, require_success
+from stratocache.cache.errors import NotFound
+from stratocache.fs import intents, inventory
+from stratocache.fs.records import Caller, Launch, LaunchRequest
+
+
+class LaunchCollection:
+    """`/v1/launches`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        """List the caller's launches, all for an administrator; `?state=` chooses."""
+        query.require_known(request, "limit", "after", "state")
+        caller, state = answers.caller(request), request.get_param("state")
+        found = [
+            launch
+            for launch in inventory.launches(self._service.db)
+            if (state is None or launch.state == state) and _visible(self._service, caller, launch)
+        ]
+        chosen, after = query.page(request, found, lambda launch: launch.instance)
+        views = [_view(self._service, caller, launch) for launch in chosen]
+        answers.show_page(response, "launches", views, after)
+
+    def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Launch: 201 and all connection details, or 202 when that takes longer than `?wait=`."""
+        query.require_known(request, "wait")
+        wait_s = query.wait_seconds(request, default=query.WAIT_S_MAX)
+        wanted = read_body(request, LaunchCreation)
+        caller = answers.caller(request)
+        launch_request = LaunchRequest(
+            reference=wanted.reference,
+            instance=wanted.instance,
+            size_bytes=wanted.size_bytes,
+            disks=wanted.disks,
+            readonly=wanted.readonly,
+            initiator=wanted.initiator,
+            provisional=wanted.provisional,
+        )
+        operation = self._service.start(
+            intents.request_launch(self._service.db, caller, launch_request), wait_s
+        )
+        require_success(operation)
+        if not operation.finished:
+            answers.accept(response, operation)
+            return
+        launch = inventory.launch(self._service.db, wanted.instance)
+        answers.show(
+            response,
+            _view(self._service, caller, launch),
+            created_at=f"/v1/launches/{launch.instance}",
+        )
+
+
+class LaunchItem:
+    """`/v1/launches/{instance}`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
+        """Show one launch, with the same answer as when it was made."""
+        query.require_known(request)
+        caller = answers.caller(request)
+        launch = inventory.launch(self._service.db, instance)
+        if not _visible(self._service, caller, launch):
+            raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+        answers.show(response, _view(self._service, caller, launch))
+
+    def on_delete(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
+        """Halt: detach everything, delete what is volatile; 204, or 202 as with disks."""
+        query.require_known(request, "wait")
+        wait_s = query.wait_seconds(request, default=60)
+        operation = self._service.start(
+            intents.halt(self._service.db, answers.caller(request), instance), wait_s
+        )
+        answers.finish_removal(response, operation)
+
+
+def _visible(service: Service, caller: Caller, launch: Launch) -> bool:
+    if caller.administrator:
+        return True
+    return inventory.operation(service.db, launch.operation_id).owner == caller.name
+
+
+def _view(service: Service, caller: Caller, launch: Launch) -> LaunchView:
+    held = inventory.attachments(service.db, instance=launch.instance)
+    return LaunchView.of(service.configuration, caller, launch, held)

@@ -1,0 +1,68 @@
+"""`stratocache serve`: checks the configuration, writes it down, and becomes the supervisor."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from stratocache.api.session import Session
+from stratocache.cache.errors import InvalidInput
+
+
+@click.command()
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="Override a configuration key, such as iscsi.port=3261; may be repeated.",
+)  # fmt: skip
+@click.pass_obj
+def serve(session: Session, settings: tuple[str, ...]) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise click.UsageError(f"--set takes KEY=VALUE, not {setting[:80]!r}.")
+        session.flags[key] = value
+    configuration = session.configuration.model_copy(
+        update={
+            "state_dir": session.configuration.state_dir.absolute(),
+            "run_dir": session.configuration.run_dir.absolute(),
+        }
+    )
+    path = configuration.run_dir / "configuration.json"
+    try:
+        configuration.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        configuration.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        write_durably(path, configuration.model_dump_json(indent=2).encode() + b"\n")
+    except OSError as error:
+        raise InvalidInput(
+            "directory-unusable", f"{error}; choose other directories, or run as root."
+        ) from None
+    command = [
+        sys.executable, "-m", "stratocache.fs.supervisor",
+        "--run-dir", str(configuration.run_dir),
+        "--state-dir", str(configuration.state_dir),
+        "--config-json", str(path),
+    ]  # fmt: skip
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # the supervisor has no need of what was imported here
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace a file, mode 0600: write beside it, fsync, rename, fsync the directory."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        fresh.rename(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

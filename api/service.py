@@ -1,0 +1,64 @@
+"""What every resource uses: configuration, state database, and waiting for operations."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from stratocache.api.problem import FailedOperation
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.errors import ErrorRecord, from_record
+from stratocache.fs import inventory
+from stratocache.fs.poke import poke
+from stratocache.fs.records import Operation
+from stratocache.fs.state import Database
+
+_UNRESERVED_WAIT_S = 2.0
+"""How long a request may wait when long waits hold as many threads as they may."""
+_RESERVED_THREADS = 4
+"""Threads of a worker that long waits leave alone."""
+
+
+class Service:
+    """One worker's view of the daemon."""
+
+    def __init__(self, configuration: Configuration, db: Database) -> None:
+        self.configuration = configuration
+        self.db = db
+        self._long_waits = threading.BoundedSemaphore(
+            max(1, configuration.api.threads - _RESERVED_THREADS)
+        )
+
+    def start(self, operation: Operation, wait_s: float) -> Operation:
+        """Tell `blockd` of a new operation and wait for its end, `wait_s` seconds at most."""
+        if not operation.finished:
+            poke(self.configuration.poke_socket)
+        return self.wait(operation, wait_s)
+
+    def wait(self, operation: Operation, wait_s: float) -> Operation:
+        """Return the operation when it has ended, or as it stands when the time is over.
+
+        Long waits never take a worker's last threads: beyond that a wait is cut short, which the
+        client sees as an operation that is not done yet.
+        """
+        if operation.finished or wait_s == 0:
+            return operation
+        with self._slot() as reserved:
+            timeout_s = wait_s if reserved else min(wait_s, _UNRESERVED_WAIT_S)
+            return inventory.wait_for_operation(self.db, operation.id, timeout_s)
+
+    @contextmanager
+    def _slot(self) -> Iterator[bool]:
+        reserved = self._long_waits.acquire(blocking=False)
+        try:
+            yield reserved
+        finally:
+            if reserved:
+                self._long_waits.release()
+
+
+def require_success(operation: Operation) -> None:
+    """Raise `FailedOperation` with the recorded error when the operation failed or was cancelled."""
+    if operation.state in ("failed", "cancelled"):
+        record = cast(ErrorRecord, operation.error or {})
+        raise FailedOperation(operation.id, from_record(record))

@@ -1,0 +1,152 @@
+"""What every command knows: where the daemon is, and how its answers are to be written."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from stratocache.api.client import Client, Document
+    from stratocache.cache.configuration import Configuration
+    from stratocache.cache.errors import StratocacheError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # would steer a terminal or break a line
+
+
+@dataclass
+class Session:
+    """One run of the command line; the global options fill it."""
+
+    config_path: Path | None = None
+    socket_path: Path | None = None
+    as_json: bool = False
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Configuration keys given as flags."""
+
+    @cached_property
+    def configuration(self) -> "Configuration":
+        """The configuration with the flags applied; raises `InvalidInput`."""
+        from stratocache.cache import configuration
+
+        return configuration.load(self.config_path, flags=self.flags)
+
+    @cached_property
+    def client(self) -> "Client":
+        """The daemon's client."""
+        from stratocache.api.client import Client
+
+        return Client(self.socket_path or self.configuration.api_socket)
+
+    def follow(self, operation: "Document", title: str) -> "Document":
+        """Wait for an operation with its progress shown; raises the error it failed with."""
+        from stratocache.api import progress
+
+        with progress.shown(title, quiet=self.as_json) as report:
+            return self.client.follow(operation, report)
+
+    def remove(self, path: str, title: str) -> None:
+        """DELETE something and wait until it is gone."""
+        operation = self.client.delete(path, wait=0)
+        if operation:
+            self.follow(operation, title)
+
+    def show(self, document: "Document", text: str) -> None:
+        """Write a document: as JSON when asked for, else as `text`."""
+        click.echo(json.dumps(document, indent=2) if self.as_json else text)
+
+    def show_fields(self, document: "Document", *, hidden: Sequence[str] = ()) -> None:
+        """Write a document: as JSON when asked for, else one field a line, without the hidden."""
+        if self.as_json:
+            self.show(document, "")
+            return
+        for name, value in document.items():
+            if value is None or value == "" or name in hidden:
+                continue
+            if isinstance(value, dict | list):
+                value = json.dumps(value)
+            click.echo(f"{name}: {plain(value)}")
+
+    def show_table(
+        self, name: str, items: "Sequence[Document]", columns: dict[str, Callable[[Any], Any]]
+    ) -> None:
+        """Write a list: as JSON, as a table on a terminal, else as lines with tabs."""
+        if self.as_json:
+            click.echo(json.dumps({name: list(items)}, indent=2))
+            return
+        rows = [[plain(cell(item)) for cell in columns.values()] for item in items]
+        if sys.stdout.isatty():
+            _show_rich(list(columns), rows)
+            return
+        click.echo("\t".join(columns))
+        for row in rows:
+            click.echo("\t".join(row))
+
+    def show_error(self, error: "StratocacheError") -> None:
+        """Write an error to standard error, as one line or one JSON object."""
+        if self.as_json:
+            record: dict[str, Any] = {"error": error.message, "code": error.code}
+            if error.field is not None:
+                record["field"] = error.field
+            click.echo(json.dumps({**record, "exit_status": error.exit_status}), err=True)
+        else:
+            click.echo(f"error: {plain(error.message)} [{error.code}]", err=True)
+
+
+def _show_rich(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def plain(value: Any) -> str:
+    """Return a value as one line of text without control characters."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _CONTROL.sub("?", str(value))
+
+
+def json_option(command: Command) -> Command:
+    """Add `--json` to a command; it may stand before the command as well."""
+
+    def note(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            context.ensure_object(Session).as_json = True
+
+    return click.option(
+        "--json", is_flag=True, expose_value=False, callback=note,
+        help="Write JSON to standard output, and nothing else.",
+    )(command)  # fmt: skip
+
+
+class SizeType(click.ParamType[int]):
+    """A size such as 10G or 512MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return bytes."""
+        from stratocache.api.sizes import parse_size
+        from stratocache.cache.errors import InvalidInput
+
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except InvalidInput as error:
+            self.fail(error.message, param, ctx)

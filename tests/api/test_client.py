@@ -1,0 +1,155 @@
+"""The client: problem documents become our errors again."""
+
+import http.server
+import json
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.api_daemon import ROOT, Api, end_badly, insert_disk, serving, standing_in
+
+from stratocache.api.client import Client
+from stratocache.api.problem import document_of
+from stratocache.api.problem_titles import TITLES
+from stratocache.cache import errors
+from stratocache.cache.configuration import Configuration
+from stratocache.fs import intents
+
+pytestmark = pytest.mark.root  # callers are root, or are made from root
+
+
+@contextmanager
+def answering(path: Path, status: int, body: bytes) -> Iterator[Client]:
+    """Serve one fixed answer on a Unix socket; yield a client of it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class UnixServer(socketserver.UnixStreamServer):
+        def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+            return super().get_request()[0], ("local", 0)
+
+    with UnixServer(str(path), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield Client(path)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("category", TITLES)
+def test_every_category_crosses_the_wire(
+    configuration: Configuration, category: type[errors.StratocacheError]
+) -> None:
+    """Category, code, sentence and field of an error are the same on the other side."""
+    sent = category("some-code", "Do this.", field="size_bytes")
+    body = json.dumps(document_of(sent)).encode()
+    path = configuration.api_socket
+    with answering(path, sent.http_status, body) as client, pytest.raises(category) as caught:
+        client.get("/v1")
+
+    assert type(caught.value) is category
+    assert caught.value.to_record() == sent.to_record()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "category", "code"),
+    [
+        (200, b"[1]", errors.Internal, "answer-invalid"),
+        (200, b"\xff", errors.Internal, "answer-invalid"),
+        (404, b"<html>", errors.NotFound, "http-404"),
+        (412, b'{"code":"etag-mismatch"}', errors.Conflict, "etag-mismatch"),
+        (415, b"{}", errors.InvalidInput, "http-415"),
+        (500, b"", errors.Internal, "http-500"),
+    ],
+)
+def test_strange_answers_are_errors(
+    configuration: Configuration,
+    status: int,
+    body: bytes,
+    category: type[errors.StratocacheError],
+    code: str,
+) -> None:
+    """An answer that is no problem document takes the nearest category."""
+    path = configuration.api_socket
+    with answering(path, status, body) as client, pytest.raises(category) as caught:
+        client.get("/v1")
+
+    assert caught.value.code == code
+
+
+def test_no_daemon_is_said_with_its_socket(tmp_path: Path) -> None:
+    """Without a daemon the error names the socket and what to start."""
+    client = Client(tmp_path / "api.sock")
+    with pytest.raises(errors.Unreachable) as caught:
+        client.get("/v1")
+
+    assert caught.value.code == "daemon-unreachable"
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.exit_status == 10
+
+
+def test_lists_are_read_to_their_end(configuration: Configuration, api: Api) -> None:
+    """All pages of a list are followed."""
+    made = [insert_disk(api.db) for _ in range(3)]
+    with serving(configuration):
+        client = Client(configuration.api_socket)
+        disks = client.items("/v1/disks", "disks")
+
+    assert [disk["uuid"] for disk in disks] == made
+
+
+def test_following_survives_a_killed_server(configuration: Configuration, api: Api) -> None:
+    """Who waits for an operation does not notice that the API was killed and started again."""
+    operation = intents.request_fetch(api.db, ROOT, "held")
+    client = Client(configuration.api_socket)
+    seen: list[tuple[int, int | None]] = []
+    ended: list[str] = []
+    reported = threading.Event()
+
+    def report(done_bytes: int, total_bytes: int | None) -> None:
+        seen.append((done_bytes, total_bytes))
+        reported.set()
+
+    def follow(document: dict[str, object]) -> None:
+        ended.append(client.follow(document, report)["state"])
+
+    with serving(configuration) as process:
+        document = client.get(f"/v1/operations/{operation.id}")
+        thread = threading.Thread(target=follow, args=(document,))
+        thread.start()
+        api.db.connection.execute("UPDATE operations SET progress_bytes = 5, total_bytes = 9")
+        assert reported.wait(20)
+        process.kill()
+    with serving(configuration), standing_in(api.db):
+        thread.join()
+
+    assert ended == ["done"]
+    assert seen[0] == (5, 9)
+
+
+def test_failed_operation_is_raised(configuration: Configuration, api: Api) -> None:
+    """Following an operation that failed raises the error that was recorded."""
+    operation = intents.request_fetch(api.db, ROOT, "x")
+    record = {"category": "Refused", "code": "entry-expired", "message": "It has expired."}
+    end_badly(api.db, operation.id, "failed", record)
+    with serving(configuration):
+        client = Client(configuration.api_socket)
+        document = client.get(f"/v1/operations/{operation.id}")
+        with pytest.raises(errors.Refused) as caught:
+            client.follow(document, lambda _done, _total: None)
+
+    assert caught.value.to_record() == record
