@@ -34,7 +34,9 @@ _CHAP_SECRET_BYTES = (
 
 
 def request_fetch(db: Database, caller: Caller, reference: str, *, pin: bool = False) -> Operation:
-    """Ask for an image to be in the cache."""
+    """Ask for an image to be in the cache, for good when `pin` is set (administrators only)."""
+    if pin:
+        _require_administrator(caller)
     with db.transaction() as connection:
         return add_operation(
             connection, caller, "fetch", reference, {"reference": reference, "pin": pin}
@@ -206,11 +208,16 @@ def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Oper
         row = db.row("SELECT * FROM launches WHERE instance = ?", request.instance)
         if row is not None:
             launch = records.launch_from(row)
-            if launch.state != "ending" and launch.request == json.loads(json.dumps(wanted)):
+            if launch.state == "ending":
+                raise Conflict(
+                    "instance-busy",
+                    f"Instance {request.instance} is being taken down; try again in a moment.",
+                )
+            if launch.request == json.loads(json.dumps(wanted)):
                 return inventory.operation(db, launch.operation_id)
             raise Conflict(
                 "instance-exists",
-                f"Instance {request.instance} is {launch.state} already; halt it first.",
+                f"Instance {request.instance} was launched with another request; halt it first.",
             )
         for uuid in request.disks:
             check_attachable(db, caller, inventory.disk(db, caller, uuid), "rw")

@@ -64,13 +64,13 @@ def attachments(
     image_id: str | None = None,
 ) -> list[Attachment]:
     """Return the attachments that match every given value, in the order of their instance."""
+    given = {"disk_uuid": disk_uuid, "instance": instance, "image_id": image_id}
+    wanted = {column: value for column, value in given.items() if value is not None}
+    # only the columns that are asked for, so that SQLite uses their indexes
+    conditions = "".join(f" AND {column} = ?" for column in wanted)
     rows = db.rows(
-        "SELECT * FROM attachments WHERE (?1 IS NULL OR disk_uuid = ?1) "
-        "AND (?2 IS NULL OR instance = ?2) AND (?3 IS NULL OR image_id = ?3) "
-        "ORDER BY instance, position, number",
-        disk_uuid,
-        instance,
-        image_id,
+        f"SELECT * FROM attachments WHERE 1{conditions} ORDER BY instance, position, number",
+        *wanted.values(),
     )
     return [records.attachment_from(row) for row in rows]
 

@@ -34,8 +34,9 @@ _PROGRESS_INTERVAL_S = 0.5
 _NEEDING_A_TASK = """
     SELECT * FROM operations WHERE state IN ('pending', 'running') AND (
         kind = 'fetch'
-        OR kind = 'launch' AND (cancel_requested OR EXISTS (
-            SELECT 1 FROM launches WHERE operation_id = operations.id AND boot_disk IS NULL))
+        OR kind = 'launch' AND EXISTS (
+            SELECT 1 FROM launches WHERE operation_id = operations.id AND state = 'preparing'
+            AND (cancel_requested OR boot_disk IS NULL))
         OR kind = 'create-disk' AND NOT EXISTS (
             SELECT 1 FROM disks WHERE uuid = operations.subject)
     ) ORDER BY created_at
@@ -211,11 +212,12 @@ class Operations:
             )
 
     def record_failure(self, operation: Operation, error: StratocacheError) -> None:
-        """End an operation by an error, and mark for removal what a launch had recorded."""
+        """End an operation by an error; a launch ends when what it had recorded is gone."""
         with self._db.transaction() as connection:
             if operation.kind == "launch":
-                intents.end_launch(connection, self._db, operation.subject)
-            fail(connection, operation.kind, operation.subject, error, operation.id)
+                undo_launch(connection, self._db, operation.subject, error)
+            else:
+                fail(connection, operation.kind, operation.subject, error, operation.id)
 
 
 def _attacher(
@@ -277,6 +279,18 @@ def fail(
     state = "cancelled" if isinstance(error, Cancelled) else "failed"
     if _end(connection, kind, subject, state, "error", dict(error.to_record()), operation_id):
         record_event(connection, f"{kind}.{state}", subject, error.message)
+
+
+def undo_launch(
+    connection: sqlite3.Connection, db: Database, instance: str, error: StratocacheError
+) -> None:
+    """Mark all of a launch for removal; its operation fails once nothing of it is left."""
+    intents.end_launch(connection, db, instance)
+    connection.execute(
+        "UPDATE operations SET error = coalesce(error, ?) WHERE kind = 'launch' AND subject = ? "
+        "AND state IN ('pending', 'running')",
+        (json.dumps(error.to_record()), instance),
+    )
 
 
 def _end(

@@ -7,17 +7,30 @@ anywhere is repaired by the next pass. Passes never overlap.
 
 import logging
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import Internal, NoSpace, StratocacheError, Unreachable
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.errors import (
+    Cancelled,
+    Conflict,
+    ErrorRecord,
+    Internal,
+    NoSpace,
+    NotFound,
+    StratocacheError,
+    Unreachable,
+    from_record,
+)
+from stratocache.cache.images import ImageStore
 from stratocache.fs import intents, inventory, records
+from stratocache.fs.blocks import Blocks
 from stratocache.fs.disks import DiskStore
-from stratocache.fs.operations import fail, finish
+from stratocache.fs.operations import fail, finish, undo_launch
+from stratocache.fs.partition import mounted_images
 from stratocache.fs.records import Attachment, Caller, Disk, DiskForm
 from stratocache.fs.state import Database, record_event
 from stratocache.fs.target import Target, TargetDaemon, iqn_of, serial_of
@@ -29,7 +42,7 @@ _PARALLEL_DISKS = 8
 
 
 class Reconciler:
-    """Reconciles one host; `forget_disk` is told of a disk before its files go."""
+    """Reconciles one host."""
 
     def __init__(
         self,
@@ -38,18 +51,14 @@ class Reconciler:
         images: ImageStore,
         disks: DiskStore,
         targets: TargetDaemon,
-        reader: Callable[[str], ImageReader],
-        forget_disk: Callable[[str], None],
-        forget_image: Callable[[str], None],
+        blocks: Blocks,
     ) -> None:
         self._configuration = configuration
         self._db = db
         self._images = images
         self._disks = disks
         self._targets = targets
-        self._reader = reader
-        self._forget_disk = forget_disk
-        self._forget_image = forget_image
+        self._blocks = blocks
         self._secrets = configuration.run_dir / "secrets"
 
     async def reconcile(self) -> bool:
@@ -97,7 +106,9 @@ class Reconciler:
             )
         if disk.base_image is None:
             return self._disks.create_blank(disk.uuid, disk.size_bytes)
-        return self._disks.create_clone(disk.uuid, disk.size_bytes, self._reader(disk.base_image))
+        return self._disks.create_clone(
+            disk.uuid, disk.size_bytes, self._images.reader(disk.base_image)
+        )
 
     def _record_disks(
         self, disks: list[Disk], outcomes: dict[str, DiskForm | StratocacheError]
@@ -123,19 +134,18 @@ class Reconciler:
         fail(connection, "create-disk", disk.uuid, error)
         launch = self._db.row("SELECT instance FROM launches WHERE boot_disk = ?", disk.uuid)
         if launch is not None:
-            fail(connection, "launch", launch["instance"], error)
-            intents.end_launch(connection, self._db, launch["instance"])
+            undo_launch(connection, self._db, launch["instance"], error)
         else:
             connection.execute("DELETE FROM disks WHERE uuid = ?", (disk.uuid,))
 
     async def _delete_disks(self) -> None:
         rows = self._db.rows(
-            "SELECT uuid FROM disks WHERE state = 'deleting' AND NOT EXISTS "
+            "SELECT uuid, number FROM disks WHERE state = 'deleting' AND NOT EXISTS "
             "(SELECT 1 FROM attachments WHERE disk_uuid = disks.uuid)"
         )
         for row in rows:
             uuid = row["uuid"]
-            self._forget_disk(uuid)
+            self._blocks.forget_disk(row["number"])
             try:
                 await trio.to_thread.run_sync(self._disks.delete, uuid)
             except OSError:
@@ -149,14 +159,29 @@ class Reconciler:
             finish(connection, "delete-disk", uuid, {})
 
     async def _delete_images(self) -> None:
-        for row in self._db.rows("SELECT id FROM images WHERE state = 'deleting'"):
-            self._forget_image(row["id"])
+        rows = self._db.rows("SELECT id, number FROM images WHERE state = 'deleting'")
+        mounted = mounted_images(self._configuration.blocks) if rows else {}
+        for row in rows:
+            if row["id"] in mounted:
+                await trio.to_thread.run_sync(self._keep_mounted, row["id"], mounted[row["id"]])
+                continue
+            self._blocks.forget_image(row["number"])
             try:
-                await trio.to_thread.run_sync(self._images.remove, row["id"])
+                with suppress(NotFound):  # removed by a pass that did not live to record it
+                    await trio.to_thread.run_sync(self._images.remove, row["id"])
             except OSError:
                 log.exception("deleting image %s failed; it is tried again", row["id"])
                 continue
             await trio.to_thread.run_sync(self._record_deleted_image, row["id"])
+
+    def _keep_mounted(self, image_id: str, mount_points: list[Path]) -> None:
+        where = ", ".join(map(str, mount_points)) or "this host"
+        error = Conflict(
+            "image-mounted", f"Image {image_id} is mounted at {where}; run image umount first."
+        )
+        with self._db.transaction() as connection:
+            connection.execute("UPDATE images SET state = 'verified' WHERE id = ?", (image_id,))
+            fail(connection, "delete-image", image_id, error)
 
     def _record_deleted_image(self, image_id: str) -> None:
         with self._db.transaction() as connection:
@@ -243,9 +268,12 @@ class Reconciler:
         made: list[Attachment],
         failed: list[tuple[Attachment, StratocacheError]],
     ) -> None:
+        for item in ended:
+            (self._secrets / item.id).unlink(missing_ok=True)
         with self._db.transaction() as connection:
             for item in ended:
                 connection.execute("DELETE FROM attachments WHERE id = ?", (item.id,))
+                fail(connection, "attach", item.id, Cancelled("detached", "It was detached."))
                 finish(connection, "detach", item.id, {})
             for item in made:
                 connection.execute(
@@ -257,8 +285,7 @@ class Reconciler:
                 fail(connection, "attach", item.id, error)
                 launch = self._db.row("SELECT 1 FROM launches WHERE instance = ?", item.instance)
                 if launch is not None:
-                    fail(connection, "launch", item.instance, error)
-                    intents.end_launch(connection, self._db, item.instance)
+                    undo_launch(connection, self._db, item.instance, error)
                 else:
                     intents.remove_attachment(connection, item)
 
@@ -286,6 +313,10 @@ class Reconciler:
                         "DELETE FROM launches WHERE instance = ?", (launch.instance,)
                     )
                     finish(connection, "halt", launch.instance, {})
+                    started = inventory.operation(self._db, launch.operation_id)
+                    if started.error is not None:
+                        error = from_record(cast(ErrorRecord, started.error))
+                        fail(connection, "launch", launch.instance, error)
                     record_event(
                         connection, "launch.ended", launch.instance,
                         f"Nothing of instance {launch.instance} is left.",

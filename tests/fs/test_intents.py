@@ -122,7 +122,7 @@ def test_second_read_write_attachment_names_the_holder(db: Database) -> None:
 
     for access in ("rw", "ro"):
         with pytest.raises(Conflict, match="vm1") as caught:
-            intents.attach(db, ALICE, uuid, instance="vm2", access=access)  # type: ignore[arg-type]
+            intents.attach(db, ALICE, uuid, instance="vm2", access=access)
         assert caught.value.code == "disk-attached"
 
 

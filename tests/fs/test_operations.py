@@ -32,7 +32,7 @@ from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database
 
 ROOT_CALLER = Caller("root", True)
-IMAGE = os.urandom(3 * 512 * 1024 + 1234)
+IMAGE = os.urandom(9 * 512 * 1024 + 1234)
 IDENTIFIER = encode(hashlib.sha1(IMAGE).hexdigest())
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -86,6 +86,11 @@ class Host:
         return await trio.to_thread.run_sync(
             inventory.wait_for_operation, self.db, operation.id, 60.0
         )
+
+    async def sent(self, held: Fault) -> None:
+        """Wait until an answer has been sent up to where it is held."""
+        while not any(line.sent_bytes == held.cut_after_bytes for line in self.origin.log):
+            await trio.lowlevel.checkpoint()
 
     def leftovers(self) -> list[str]:
         """Return what is below the state directory that belongs to images."""
@@ -161,8 +166,14 @@ def test_cached_image_is_judged_again(host: Host) -> None:
     )
     launch = intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, "vm1"))
 
-    host.run(_ending(host, launch, "failed", "endorser-untrusted"))
-    assert inventory.launch(host.db, "vm1").state == "ending"
+    async def script(operations: Operations) -> None:
+        while inventory.launch(host.db, "vm1").state != "ending":
+            await trio.lowlevel.checkpoint()
+
+    host.run(script)
+    error = inventory.operation(host.db, launch.id).error
+    assert error is not None
+    assert error["code"] == "endorser-untrusted"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +219,7 @@ def test_cancelled_fetch_leaves_nothing(host: Host) -> None:
     operation = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
-        await trio.to_thread.run_sync(held.holding.wait)
+        await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, operation.id)
         operations.look()
         ended = await host.end(operation)
@@ -230,7 +241,7 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
     second = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
-        await trio.to_thread.run_sync(held.holding.wait)
+        await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, first.id)
         operations.look()
         assert (await host.end(first)).state == "cancelled"
@@ -245,12 +256,15 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
 def test_fetch_goes_on_after_a_restart(host: Host) -> None:
     """A fetch that the death of the process interrupts is continued by the next one, not repeated."""
     host.publish()
-    held = Fault(cut_after_bytes=1_000_000, hold=threading.Event())
+    held = Fault(cut_after_bytes=4_000_000, hold=threading.Event())
     host.resource.faults.append(held)
     operation = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
+    part = host.configuration.state_dir / "stage" / IDENTIFIER / "source.part"
+
     async def die(operations: Operations) -> None:
-        await trio.to_thread.run_sync(held.holding.wait)
+        while not part.exists() or part.stat().st_size < 500_000:
+            await trio.lowlevel.checkpoint()
 
     host.run(die)
     assert held.hold is not None
