@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -243,8 +243,8 @@ class ChunkStore:
 
     def digests(self, first_byte: int) -> Iterator[bytes]:
         """Yield the digests of all files whose digest starts with one byte."""
-        high, low = f"{first_byte:02x}"
-        for path in (self._directory / high / low).glob("*"):
+        high, low = divmod(first_byte, 16)
+        for path in (self._directory / f"{high:x}" / f"{low:x}").glob("*"):
             with suppress(ValueError):
                 yield bytes.fromhex(path.name)
 
@@ -255,7 +255,7 @@ class ChunkStore:
             self._delete_rows([digest for digest in batch if digest not in self])
         for first_byte in range(256):
             for digest in self.digests(first_byte):
-                self._index(lambda digest=digest: self._adopt(digest))
+                self._index(partial(self._adopt, digest))
 
     def _adopt(self, digest: bytes) -> None:
         if digest not in self._cache:

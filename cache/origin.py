@@ -47,7 +47,7 @@ class Backoff:
 
     def pause_s(self, failures: int, retry_after_s: float) -> float:
         """Return how long to wait after so many failures in a row."""
-        return min(self.limit_s, max(retry_after_s, self.base_s * 2 ** (failures - 1)))
+        return min(self.limit_s, max(retry_after_s, self.base_s * 2.0 ** (failures - 1)))
 
 
 @dataclass(frozen=True)
@@ -287,10 +287,11 @@ def _judge_status(response: httpx.Response, offset: int) -> None:
 
 
 def _validator(headers: httpx.Headers) -> str | None:
-    etag = headers.get("ETag")
+    etag: str | None = headers.get("ETag")
     if etag and not etag.startswith("W/"):
         return etag
-    return headers.get("Last-Modified")
+    modified: str | None = headers.get("Last-Modified")
+    return modified
 
 
 def _describe(error: Exception) -> str:

@@ -1,0 +1,155 @@
+"""The FUSE connection as the supervisor holds it: opened, mounted, kept over deaths, taken down.
+
+Standard library only. Whoever holds the descriptor of `/dev/fuse` keeps the connection alive, so
+the file system survives the process that answers its requests. The kernel sends FUSE_INIT once per
+connection; it is read here and kept in a file for every process that serves the connection
+(`stratocache.fs.fuse_connection`). Nothing here opens or looks at a file of the mount itself: that
+would wait for ever when nobody serves it.
+
+Source: fuse(4), mount(2), `include/uapi/linux/fuse.h`.
+"""
+
+import ctypes
+import errno
+import os
+import re
+import select
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+from stratocache.cache.errors import Conflict, Internal
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+_FSTYPE = "fuse.stratocache"
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MNT_FORCE, _MNT_DETACH = 1, 2
+
+_MAX_READ_BYTES = 1024**2
+_READ_BUFFER_BYTES = 64 * 1024  # fuse.h wants FUSE_MIN_READ_BUFFER = 8192 at least
+_FUSE_INIT = 26
+_HEADER = struct.Struct("<II")  # of struct fuse_in_header: len, opcode
+_HEADER_BYTES = 40
+_INIT_FLAGS = struct.Struct("<IIIII")  # struct fuse_init_in: major, minor, readahead, flags, flags2
+_INIT_EXT = 1 << 30
+_HAS_RESEND = 1 << (39 - 32)  # in flags2
+_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)  # struct fuse_out_header with the code as error
+
+
+class FuseMount:
+    """A mounted FUSE connection."""
+
+    def __init__(self, mount_point: Path, init_file: Path) -> None:
+        """Mount; `mount_point` must be an empty folder. Raises `Internal` (`fuse-unavailable`)."""
+        self.mount_point = mount_point
+        self._init_file = init_file
+        try:
+            self.descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unavailable(error) from error
+        try:
+            _mount(self.descriptor, mount_point)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise _unavailable(error) from error
+        try:
+            self._keep_init()
+        except BaseException:
+            self.unmount()
+            raise
+
+    def _keep_init(self) -> None:
+        request = os.read(self.descriptor, _READ_BUFFER_BYTES)
+        length, opcode = _HEADER.unpack_from(request)
+        if opcode != _FUSE_INIT or length != len(request):
+            raise Internal("fuse-unavailable", "The kernel did not begin with FUSE_INIT.")
+        partial = self._init_file.with_name(self._init_file.name + ".new")
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(request)
+        partial.rename(self._init_file)
+        self.can_resend = _can_resend(request)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the kernel's side still exists; false after an unmount or abort by others."""
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLIN)
+        return not any(events & select.POLLERR for _, events in poll.poll(0))
+
+    def resend(self) -> None:
+        """Queue again what a dead process had read and not answered (Linux 6.9).
+
+        Raises `OSError` when the kernel cannot or the connection is gone.
+        """
+        os.write(self.descriptor, _NOTIFY_RESEND)
+
+    def unmount(self) -> None:
+        """Abort the connection, so that nobody waits on it any more, and take the mount away."""
+        with suppress(FileNotFoundError):
+            unmount(self.mount_point)
+        os.close(self.descriptor)
+        self._init_file.unlink(missing_ok=True)
+
+
+def unmount_stale(mount_point: Path) -> int:
+    """Take away FUSE mounts that a dead predecessor left at a path, stacked ones too.
+
+    Returns their number. Raises `Conflict` (`mount-point-busy`) when something else is mounted.
+    """
+    mounted = _mounted_at(mount_point)
+    for fstype in reversed(mounted):
+        if not fstype.startswith("fuse"):
+            raise Conflict(
+                "mount-point-busy",
+                f"A {fstype} file system is mounted at {mount_point}; unmount it.",
+            )
+        unmount(mount_point)
+    return len(mounted)
+
+
+def unmount(mount_point: Path) -> None:
+    """Abort and detach the topmost mount at a path; none is fine."""
+    if _LIBC.umount2(os.fsencode(mount_point), _MNT_FORCE | _MNT_DETACH):
+        number = ctypes.get_errno()
+        if number != errno.EINVAL:  # not a mount point
+            raise OSError(number, os.strerror(number), os.fspath(mount_point))
+
+
+def _mount(descriptor: int, mount_point: Path) -> None:
+    options = (
+        f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,"
+        f"allow_other,default_permissions,max_read={_MAX_READ_BYTES}"
+    )
+    if _LIBC.mount(
+        b"stratocache", os.fsencode(mount_point), _FSTYPE.encode(),
+        _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options.encode(),
+    ):  # fmt: skip
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fspath(mount_point))
+
+
+def _mounted_at(mount_point: Path) -> list[str]:
+    """Return the types of the mounts at a path, the topmost last; does not look at the path."""
+    wanted = os.fspath(mount_point)
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        if path == wanted:
+            found.append(fields[fields.index("-") + 1])
+    return found
+
+
+def _can_resend(request: bytes) -> bool:
+    if len(request) < _HEADER_BYTES + _INIT_FLAGS.size:
+        return False
+    *_, flags, flags2 = _INIT_FLAGS.unpack_from(request, _HEADER_BYTES)
+    return bool(flags & _INIT_EXT and flags2 & _HAS_RESEND)
+
+
+def _unavailable(error: OSError) -> Internal:
+    return Internal(
+        "fuse-unavailable",
+        f"FUSE cannot be used here ({error}); run as root on a kernel with FUSE (modprobe fuse).",
+    )

@@ -1,0 +1,59 @@
+"""The address that initiators connect to, before tgtd listens there. Standard library only."""
+
+import errno
+import socket
+import time
+from dataclasses import dataclass
+
+from stratocache.cache.errors import Conflict, InvalidInput
+
+_TIMEOUT_S = 10.0
+_POLL_INTERVAL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Portal:
+    """One TCP address; as text, as tgtd wants it."""
+
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
+
+    def is_free(self) -> bool:
+        """Whether tgtd could listen; it runs on without a portal when it cannot.
+
+        Raises `InvalidInput` (`portal-invalid`) when nobody ever could.
+        """
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.address, self.port))
+                probe.listen(1)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise InvalidInput(
+                        "portal-invalid",
+                        f"Nobody can listen on {self} ({error.strerror}); set iscsi.address and "
+                        "iscsi.port.",
+                        field="iscsi.address",
+                    ) from error
+                return False
+        return True
+
+    def wait_until_free(self) -> None:
+        """Wait for a predecessor's tgtd, which dies with its supervisor, but not at once.
+
+        Raises `Conflict` (`portal-in-use`).
+        """
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not self.is_free():
+            if time.monotonic() > deadline:
+                raise Conflict(
+                    "portal-in-use",
+                    f"{self} is used by another program; stop it or set another iscsi.port.",
+                )
+            time.sleep(_POLL_INTERVAL_S)

@@ -1,0 +1,155 @@
+"""iSCSI targets and attachments: each attachment has its target, each target its attachment."""
+
+import logging
+import os
+from pathlib import Path
+
+import trio
+
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.errors import Cancelled, StratocacheError, Unreachable
+from stratocache.fs import intents, inventory
+from stratocache.fs.disks import DiskStore
+from stratocache.fs.operations import fail, finish, undo_launch
+from stratocache.fs.records import Attachment
+from stratocache.fs.state import Database
+from stratocache.fs.target import Target, TargetDaemon, iqn_of, serial_of
+
+log = logging.getLogger(__name__)
+
+
+class TargetReconciliation:
+    """Makes targets agree with attachments; every step may be done twice."""
+
+    def __init__(
+        self, configuration: Configuration, db: Database, disks: DiskStore, targets: TargetDaemon
+    ) -> None:
+        self._configuration = configuration
+        self._db = db
+        self._disks = disks
+        self._targets = targets
+        self._secrets = configuration.run_dir / "secrets"
+
+    async def reconcile(self) -> bool:
+        """Make targets agree with attachments; return False when that must be tried again."""
+        wanted = await trio.to_thread.run_sync(self._wanted_targets)
+        removing = [item for item in inventory.attachments(self._db) if item.state == "removing"]
+        try:
+            actual = await self._targets.list()
+        except Unreachable as error:
+            log.info("targets wait: %s", error)
+            return False
+        settled = True
+        ended: list[Attachment] = []
+        stale = set(actual) - set(wanted) - {item.number for item in removing}
+        for number in stale:
+            settled &= await self._remove_target(number)
+        for item in removing:
+            if item.number not in actual or await self._remove_target(item.number):
+                ended.append(item)
+            else:
+                settled = False
+        made: list[Attachment] = []
+        failed: list[tuple[Attachment, StratocacheError]] = []
+        for number, (item, target) in wanted.items():
+            try:
+                if not (number in actual and actual[number].matches(target)):
+                    await self._targets.create(target)
+                if item.state == "wanted":
+                    made.append(item)
+            except Unreachable as error:
+                log.info("target of attachment %s waits: %s", item.id, error)
+                settled = False
+            except StratocacheError as error:
+                log.error("target of attachment %s: %s", item.id, error)
+                settled = False
+                if item.state == "wanted":
+                    failed.append((item, error))
+        if ended or made or failed:
+            await trio.to_thread.run_sync(self._record_attachments, ended, made, failed)
+        return settled
+
+    async def _remove_target(self, number: int) -> bool:
+        try:
+            await self._targets.remove(number)
+        except StratocacheError as error:
+            log.warning("target %d stays for now: %s", number, error)
+            return False
+        return True
+
+    def _wanted_targets(self) -> dict[int, tuple[Attachment, Target]]:
+        """Return the targets that should be, by number; their secrets' files are written."""
+        wanted = {}
+        items = inventory.attachments(self._db)
+        self._secrets.mkdir(mode=0o700, exist_ok=True)
+        for item in items:
+            backing = None if item.state == "removing" else self._backing(item)
+            if backing is not None:
+                wanted[item.number] = (item, _target(item, backing))
+                _write_secret(self._secrets / item.id, item.chap_secret)
+        for name in set(os.listdir(self._secrets)) - {item.id for item in items}:
+            (self._secrets / name).unlink(missing_ok=True)
+        return wanted
+
+    def _backing(self, item: Attachment) -> Path | None:
+        """Return the file that an attachment exports, or None while there is none."""
+        if item.image_id is not None:
+            return self._configuration.blocks / "images" / item.image_id
+        disk = inventory.find_disk(self._db, item.disk_uuid or "")
+        assert disk is not None  # the attachment's row refers to it
+        if disk.form == "raw":
+            return self._disks.data_path(disk.uuid)
+        if disk.form == "overlay":
+            return self._configuration.blocks / "disks" / disk.uuid
+        return None
+
+    def _record_attachments(
+        self,
+        ended: list[Attachment],
+        made: list[Attachment],
+        failed: list[tuple[Attachment, StratocacheError]],
+    ) -> None:
+        for item in ended:
+            (self._secrets / item.id).unlink(missing_ok=True)
+        with self._db.transaction() as connection:
+            for item in ended:
+                connection.execute("DELETE FROM attachments WHERE id = ?", (item.id,))
+                fail(connection, "attach", item.id, Cancelled("detached", "It was detached."))
+                finish(connection, "detach", item.id, {})
+            for item in made:
+                connection.execute(
+                    "UPDATE attachments SET state = 'ready' WHERE id = ? AND state = 'wanted'",
+                    (item.id,),
+                )
+                finish(connection, "attach", item.id, {"attachment": item.id})
+            for item, error in failed:
+                fail(connection, "attach", item.id, error)
+                launch = self._db.row("SELECT 1 FROM launches WHERE instance = ?", item.instance)
+                if launch is not None:
+                    undo_launch(connection, self._db, item.instance, error)
+                else:
+                    intents.remove_attachment(connection, item)
+
+
+def _target(item: Attachment, backing: Path) -> Target:
+    return Target(
+        number=item.number,
+        iqn=iqn_of(item.id),
+        backing=backing,
+        read_only=item.access == "ro",
+        serial=serial_of(item.disk_uuid or item.image_id or ""),
+        chap_username=item.chap_username,
+        chap_secret=item.chap_secret,
+        initiator=item.initiator,
+    )
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    """Write a CHAP secret where QEMU may read it by name, so that no command line shows it."""
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret)
+    partial.rename(path)

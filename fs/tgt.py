@@ -1,0 +1,223 @@
+"""Targets served by tgtd (tgt 1.0.85), through its management socket.
+
+Spoken here (`stratocache.fs.tgt_protocol`) instead of starting `tgtadm`, as that takes secrets on
+its command line and ten times as long.
+
+What tgtd does and does not, as measured:
+- A login is let in when the initiator's address *or* its name is on the access list, so a target
+  bound to a name must not have ALL. Nothing on the list means that nobody gets in; it is filled
+  last, as an initiator that finds no LUN gives up instead of trying again.
+- Discovery lists whatever the access list allows, without any password, unless an account is bound
+  to no target in particular. `create` binds one whose secret nobody knows: discovery is refused.
+- The backing store `rdwr` calls fdatasync for SYNCHRONIZE CACHE and for writes with FUA, and the
+  caching mode page says that there is a write cache.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError
+from stratocache.fs.target import LUN, ActualTarget, Session, Target
+from stratocache.fs.tgt_protocol import (
+    Management,
+    Mode,
+    Operation,
+    Refused,
+    parse_sessions,
+    parse_targets,
+)
+
+_ANSWER_TIMEOUT_S = 10.0
+_BUSY_TIMEOUT_S = 10.0
+_BUSY_FIRST_DELAY_S = 0.002
+_BUSY_DELAY_MAX_S = 0.1
+
+_DISCOVERY_USER = "discovery"
+_UNFIT = re.compile(r"[\x00-\x1f\x7f,]")
+
+
+class Tgt:
+    """A private tgtd; implements `stratocache.fs.target.TargetDaemon`."""
+
+    def __init__(
+        self,
+        control: Path,
+        *,
+        answer_timeout_s: float = _ANSWER_TIMEOUT_S,
+        busy_timeout_s: float = _BUSY_TIMEOUT_S,
+    ) -> None:
+        self._tgtd = Management(control, answer_timeout_s)
+        self._answer_timeout_s = answer_timeout_s
+        self._busy_timeout_s = busy_timeout_s
+        self._changing = trio.Lock()
+
+    async def ping(self) -> None:
+        """Return when tgtd answers."""
+        await self._tgtd.request(Mode.SYSTEM, Operation.SHOW)
+
+    async def list(self) -> dict[int, ActualTarget]:
+        """Return every target, complete or not, by number."""
+        text = await self._tgtd.request(Mode.TARGET, Operation.SHOW)
+        return {target.number: target for target in parse_targets(text)}
+
+    async def sessions(self, number: int) -> tuple[Session, ...]:
+        """Return who is logged in to a target."""
+        try:
+            text = await self._tgtd.request(Mode.CONNECTION, Operation.SHOW, number=number)
+        except Refused as refusal:
+            if refusal.error == "NO_TARGET":
+                return ()
+            raise
+        return tuple(parse_sessions(text))
+
+    async def create(self, target: Target) -> None:
+        """Make a target, complete before anybody can log in; see `TargetDaemon.create`."""
+        _check(target)
+        async with self._changing:
+            await self._close_discovery()
+            try:
+                await self._new_target(target)
+            except Refused as refusal:
+                if refusal.error != "TARGET_EXIST":
+                    raise
+                found = (await self.list()).get(target.number)
+                if found is not None and found.matches(target):
+                    return
+                await self._remove(target.number)
+                await self._new_target(target)
+            try:
+                await self._complete(target)
+            except BaseException:
+                with trio.move_on_after(self._answer_timeout_s, shield=True):
+                    with suppress(StratocacheError):
+                        await self._remove(target.number)
+                raise
+
+    async def remove(self, number: int) -> None:
+        """Remove a target and its account; see `TargetDaemon.remove`."""
+        async with self._changing:
+            await self._remove(number)
+
+    # -- steps
+
+    async def _close_discovery(self) -> None:
+        account = f"user={_DISCOVERY_USER},password={secrets.token_hex(16)}"
+        await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account, accept="USER_EXIST")
+        user = f"user={_DISCOVERY_USER}"
+        await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, accept="USER_EXIST")
+
+    async def _new_target(self, target: Target) -> None:
+        await self._tgtd.request(
+            Mode.TARGET, Operation.NEW, f"targetname={target.iqn}", number=target.number
+        )
+
+    async def _complete(self, target: Target) -> None:
+        user = f"user={target.chap_username}"
+        account = f"{user},password={target.chap_secret}"
+        try:
+            await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account)
+        except Refused as refusal:
+            if refusal.error != "USER_EXIST":
+                raise
+            # left behind by a crash, perhaps with another secret
+            await self._tgtd.request(Mode.ACCOUNT, Operation.DELETE, user)
+            await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account)
+        await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, number=target.number)
+        await self._tgtd.request(
+            Mode.LOGICAL_UNIT, Operation.NEW, f"path={target.backing},bstype=rdwr",
+            number=target.number, lun=LUN,
+        )  # fmt: skip
+        await self._tgtd.request(
+            Mode.LOGICAL_UNIT, Operation.UPDATE,
+            "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
+            f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
+            f"readonly={int(target.read_only)},",
+            number=target.number, lun=LUN,
+        )  # fmt: skip
+        await self._tgtd.request(
+            Mode.TARGET, Operation.BIND, _acl_entry(target.initiator or "ALL"),
+            number=target.number,
+        )  # fmt: skip
+
+    async def _remove(self, number: int) -> None:
+        found = (await self.list()).get(number)
+        if found is None:
+            return
+        for name in found.acl:
+            await self._tgtd.request(Mode.TARGET, Operation.UNBIND, _acl_entry(name), number=number)
+        with trio.move_on_after(self._busy_timeout_s):
+            await self._log_out(number)
+            # only now: without an account, whoever the access list names gets in unasked
+            for user in found.accounts:
+                await self._tgtd.request(Mode.ACCOUNT, Operation.DELETE, f"user={user}")
+            for delay_s in _delays():
+                if await self._delete(number):
+                    return
+                await trio.sleep(delay_s)
+        raise Conflict(
+            "target-busy",
+            f"Target {found.iqn} still has commands in flight after {self._busy_timeout_s:g} s; "
+            "stop its guest and try again.",
+        )
+
+    async def _log_out(self, number: int) -> None:
+        for delay_s in _delays():
+            sessions = await self.sessions(number)
+            if not sessions:
+                return
+            for session in sessions:
+                with suppress(Refused):  # gone by itself meanwhile
+                    await self._tgtd.request(
+                        Mode.CONNECTION, Operation.DELETE,
+                        number=number, session=session.number, connection=session.connection,
+                    )  # fmt: skip
+            await trio.sleep(delay_s)
+
+    async def _delete(self, number: int) -> bool:
+        """Delete a target that nobody uses; without force, which makes tgtd exit on a late one."""
+        try:
+            await self._tgtd.request(Mode.TARGET, Operation.DELETE, number=number)
+        except Refused as refusal:
+            if refusal.error in ("TARGET_ACTIVE", "LUN_ACTIVE"):
+                return False
+            if refusal.error != "NO_TARGET":
+                raise
+        return True
+
+
+def _delays() -> Iterator[float]:
+    """Yield pauses between attempts, without end: the caller has a time limit."""
+    delay_s = _BUSY_FIRST_DELAY_S
+    while True:
+        yield delay_s
+        delay_s = min(2 * delay_s, _BUSY_DELAY_MAX_S)
+
+
+def _acl_entry(name: str) -> str:
+    return f"initiator-address={name}" if name == "ALL" else f"initiator-name={name}"
+
+
+def _check(target: Target) -> None:
+    """Refuse what tgtd's comma-separated parameters cannot carry."""
+    values = {
+        "iqn": target.iqn,
+        "backing": str(target.backing),
+        "serial": target.serial,
+        "chap_username": target.chap_username,
+        "chap_secret": target.chap_secret,
+        "initiator": target.initiator or "",
+    }
+    for name, value in values.items():
+        if _UNFIT.search(value):
+            raise InvalidInput(
+                "target-value-unfit",
+                f"tgtd cannot take a comma or a control character in {name}; choose another.",
+                field=name,
+            )
+    if target.number <= 0:
+        raise InvalidInput("target-value-unfit", "A target's number is greater than 0.")

@@ -1,0 +1,195 @@
+"""tgtd's management protocol (tgt 1.0.85): requests, errors, and the text it answers with.
+
+The socket takes one request per connection: a fixed header and a parameter text; it answers with
+an error number and a text for people, which is all there is to read the state from. Layout and
+numbers: `usr/tgtadm.h` and `usr/tgtadm_error.h` of tgt, checked against the real programs.
+"""
+
+import enum
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from stratocache.cache.errors import Internal, Unreachable
+from stratocache.fs.target import LUN, ActualTarget, Session
+
+_ANSWER_BYTES_MAX = 64 * 1024**2
+
+# struct tgtadm_req: mode, op, lld, len, tid, sid, lun, cid, host_no, device_type, ac_dir, pack, force
+_REQUEST = struct.Struct("<II64sIiQQIIIIII")
+_RESPONSE = struct.Struct("<II")
+_NO_NUMBER = -1
+_NO_LUN = 2**64 - 1
+
+
+class Mode(enum.IntEnum):
+    """What a request is about."""
+
+    SYSTEM = 0
+    TARGET = 1
+    LOGICAL_UNIT = 2
+    CONNECTION = 6
+    ACCOUNT = 7
+
+
+class Operation(enum.IntEnum):
+    """What is to be done."""
+
+    NEW = 0
+    DELETE = 1
+    SHOW = 2
+    BIND = 3
+    UNBIND = 4
+    UPDATE = 5
+
+
+_ERRORS = (
+    "SUCCESS", "UNKNOWN_ERR", "NOMEM", "NO_DRIVER", "NO_TARGET", "NO_LUN", "NO_SESSION",
+    "NO_CONNECTION", "NO_BINDING", "TARGET_EXIST", "BINDING_EXIST", "LUN_EXIST", "ACL_EXIST",
+    "ACL_NOEXIST", "USER_EXIST", "NO_USER", "TOO_MANY_USER", "INVALID_REQUEST",
+    "OUTACCOUNT_EXIST", "TARGET_ACTIVE", "LUN_ACTIVE", "UNSUPPORTED_OPERATION", "UNKNOWN_PARAM",
+)  # fmt: skip
+
+
+class Refused(Internal):
+    """tgtd answered with an error; `error` is its name in `tgtadm_error.h` without prefix."""
+
+    def __init__(self, number: int, request: str) -> None:
+        self.error = _ERRORS[number] if number < len(_ERRORS) else str(number)
+        super().__init__(
+            "target-daemon-error",
+            f"tgtd refused '{request}' with TGTADM_{self.error}; its log may say more.",
+        )
+
+
+class Management:
+    """The management socket of one tgtd."""
+
+    def __init__(self, control: Path, answer_timeout_s: float) -> None:
+        self._control = control
+        self._answer_timeout_s = answer_timeout_s
+
+    async def request(
+        self,
+        mode: Mode,
+        operation: Operation,
+        parameters: str = "",
+        *,
+        number: int = _NO_NUMBER,
+        session: int = 0,
+        connection: int = 0,
+        lun: int = _NO_LUN,
+        accept: str = "",
+    ) -> str:
+        """Ask tgtd for one thing and return its text.
+
+        `accept` names an error that is as good as success. Raises `Refused`, and `Unreachable`
+        (`target-daemon-unreachable`) when there is no answer in time.
+        """
+        payload = parameters.encode() + b"\0" if parameters else b""
+        header = _REQUEST.pack(
+            mode, operation, b"iscsi", _REQUEST.size + len(payload), number, session, lun,
+            connection, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        try:
+            with trio.fail_after(self._answer_timeout_s):
+                answer = await self._exchange(header + payload)
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+            raise Unreachable(
+                "target-daemon-unreachable",
+                f"tgtd does not answer at {self._control} ({error or 'no answer in time'}); "
+                "it is started again by itself, try again shortly.",
+            ) from error
+        status, length = _RESPONSE.unpack_from(answer)
+        if status and (status >= len(_ERRORS) or _ERRORS[status] != accept):
+            raise Refused(status, f"{operation.name} {mode.name}".lower())
+        return answer[_RESPONSE.size : length].decode(errors="replace").rstrip("\0")
+
+    async def _exchange(self, request: bytes) -> bytes:
+        answer = bytearray()
+        async with await trio.open_unix_socket(self._control) as stream:
+            await stream.send_all(request)
+            async for part in stream:
+                answer += part
+                if len(answer) > _ANSWER_BYTES_MAX:
+                    raise OSError("endless answer")
+        if len(answer) < _RESPONSE.size or len(answer) < _RESPONSE.unpack_from(answer)[1]:
+            raise OSError("answer cut short")
+        return bytes(answer)
+
+
+@dataclass
+class _Shown:
+    """One target of `show target`, as its lines are read."""
+
+    number: int
+    iqn: str
+    section: str = ""
+    luns: dict[int, dict[str, str]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def read(self, indent: int, text: str) -> None:
+        """Take one indented line."""
+        if indent == 4:
+            self.section = text
+        elif self.section.startswith("LUN") and indent == 8:
+            self.luns[int(text.removeprefix("LUN: "))] = {}
+        elif self.section.startswith("LUN"):
+            key, _, value = text.partition(": ")
+            self.luns[max(self.luns)][key] = value
+        elif indent == 8:
+            self.names.setdefault(self.section, []).append(text)
+
+    def result(self) -> ActualTarget:
+        """Return what was read."""
+        lun = self.luns.get(LUN, {})
+        path = lun.get("Backing store path", "None")
+        return ActualTarget(
+            number=self.number,
+            iqn=self.iqn,
+            luns=tuple(number for number in self.luns if number != 0),
+            backing=None if path == "None" else path,
+            online=lun.get("Online") == "Yes",
+            read_only=lun.get("Readonly") == "Yes",
+            serial=lun.get("SCSI SN", "").strip(),
+            accounts=tuple(self.names.get("Account information:", ())),
+            acl=tuple(self.names.get("ACL information:", ())),
+        )
+
+
+def parse_targets(text: str) -> Iterator[ActualTarget]:
+    """Read the answer to SHOW TARGET."""
+    shown: _Shown | None = None
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip(" "))
+        if indent == 0 and (heading := re.fullmatch(r"Target ([0-9]+): (.*)", line)):
+            if shown is not None:
+                yield shown.result()
+            shown = _Shown(int(heading[1]), heading[2])
+        elif shown is not None:
+            shown.read(indent, line.strip())
+    if shown is not None:
+        yield shown.result()
+
+
+_CONNECTION = re.compile(
+    r"Session: (?P<session>[0-9]+)\n"
+    r" *Connection: (?P<connection>[0-9]+)\n"
+    r" *Initiator: (?P<initiator>.*)\n"
+    r" *(?:IP Address: )?(?P<address>.*)"
+)
+
+
+def parse_sessions(text: str) -> Iterator[Session]:
+    """Read the answer to SHOW CONNECTION."""
+    for found in _CONNECTION.finditer(text):
+        yield Session(
+            number=int(found["session"]),
+            connection=int(found["connection"]),
+            initiator=found["initiator"].split(" alias:")[0],
+            address=found["address"],
+        )

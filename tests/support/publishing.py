@@ -1,0 +1,121 @@
+"""Images published for whole-appliance tests: a file, its signed entry in a folder, its endorser."""
+
+import gzip
+import hashlib
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from stratocache.cache import publication
+from stratocache.cache.entry import Compression, ImageFormat
+from stratocache.cache.identifier import encode
+from stratocache.cache.publication import Description
+from support.documents import EMAIL, make_endorser, shelve
+
+_PIECE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Published:
+    """One image that a catalogue of the kind `file:` offers."""
+
+    endpoint: str
+    fingerprint: str
+    identifier: str
+    sha256: str
+    image: Path
+    """The raw bytes."""
+    source: Path
+    """The file that the entry's locations serve."""
+
+
+def random_image(path: Path, size_bytes: int, *, seed: int = 1) -> None:
+    """Write an image of incompressible stretches and holes."""
+    chance = random.Random(seed)
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+        for offset in range(0, size_bytes, 1024**2):
+            if chance.random() < 0.75:
+                file.seek(offset)
+                file.write(chance.randbytes(min(1024**2, size_bytes - offset)))
+
+
+def publish_image(
+    folder: Path,
+    size_bytes: int,
+    *,
+    compression: Compression = "none",
+    image_format: ImageFormat = "raw",
+    locations: Sequence[str] | None = None,
+    seed: int = 1,
+) -> Published:
+    """Make an image below `folder` and publish it; without locations it is read as a local file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image = folder / f"image-{seed}"
+    random_image(image, size_bytes, seed=seed)
+    source = image
+    if compression == "gz":
+        source = image.with_suffix(".gz")
+        with image.open("rb") as raw, gzip.open(source, "wb", compresslevel=1) as packed:
+            shutil.copyfileobj(raw, packed, _PIECE_BYTES)
+    measurement = publication.measure(image)
+    created = publication.now()
+    description = Description(
+        locations=tuple(locations) if locations is not None else (source.as_uri(),),
+        compression=compression,
+        format=image_format,
+    )
+    endorser = make_endorser()
+    unsigned = publication.build_metadata(measurement, description, created=created)
+    signed = publication.endorse(unsigned, endorser.credentials, created=created)
+    identifier = encode(measurement.digests["sha1"])
+    shelf = folder / "entries"
+    shelve(shelf, signed, identifier, EMAIL, created)
+    with image.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Published(shelf.as_uri(), endorser.fingerprint, identifier, sha256, image, source)
+
+
+@contextmanager
+def slow_origin(folder: Path, bytes_per_s: int) -> Iterator[str]:
+    """Serve the files of a folder over HTTP with ranges, at a limited rate; yields the base URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            data = (folder / Path(self.path).name).read_bytes()
+            wanted = self.headers.get("Range", "")
+            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("ETag", '"one"')
+            if wanted:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.end_headers()
+            for offset in range(start, len(data), _PIECE_BYTES):
+                time.sleep(_PIECE_BYTES / bytes_per_s)
+                try:
+                    self.wfile.write(data[offset : offset + _PIECE_BYTES])
+                except OSError:
+                    return
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

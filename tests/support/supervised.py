@@ -1,0 +1,226 @@
+"""The real supervisor with a small `blockd` and API, in directories of its own.
+
+As a program: the supervisor with those children, which its command line cannot ask for.
+"""
+
+import argparse
+import contextlib
+import os
+import select
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from stratocache.cache.configuration import Configuration
+from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.supervisor import READY_LINE, Settings, Supervisor, run_reporting
+from support.fuse_child import DISK_BYTES
+from support.iscsi import free_port
+
+START_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 40
+_PYTHON = sys.executable
+FUSE_CHILD = (_PYTHON, "-m", "support.fuse_child")
+API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
+
+
+class Supervised:
+    """One supervisor; a context manager that starts it and leaves nothing behind."""
+
+    def __init__(
+        self, root: Path, *, export: bool = False, resend: bool = True, api: str = "normal"
+    ) -> None:
+        self.state_dir = root / "state"
+        self.directory = RunDirectory(root / "run")
+        self.port = free_port()
+        self.log = root / "log"
+        self.config_json = root / "configuration.json"
+        self._options = [
+            *(["--export"] if export else []),
+            *([] if resend else ["--no-resend"]),
+            *("--api", api),
+        ]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+        self.state_dir.mkdir()
+        with (self.state_dir / "disk").open("wb") as disk:
+            disk.truncate(DISK_BYTES)
+        configuration = Configuration.model_validate(
+            {
+                "state_dir": self.state_dir,
+                "run_dir": self.directory.path,
+                "iscsi": {"port": self.port},
+            }
+        )
+        self.config_json.write_text(configuration.model_dump_json())
+
+    @property
+    def disk(self) -> Path:
+        """The writable file of the mount. Touch it from other processes only."""
+        return self.directory.blocks / "disk"
+
+    def begin(self) -> None:
+        """Start the supervisor and return at once."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [_PYTHON, "-m", "support.supervised", "--config-json", str(self.config_json),
+                 *self._options],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **self.environment},
+            )  # fmt: skip
+
+    def start(self) -> None:
+        """Start the supervisor and return when it says that it is ready."""
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        self.begin()
+        assert self.process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while READY_LINE not in self.log.read_text()[offset:]:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            time.sleep(0.02)
+
+    def tail(self) -> str:
+        """Return the end of the log, for messages."""
+        return self.log.read_text()[-4000:]
+
+    def child(self, name: str) -> int:
+        """Return the process id of a child, waiting until there is one."""
+        texts = {"blockd": "support.fuse_child", "tgtd": "tgtd", "api": "--as-api"}
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for pid, words in self.children().items():
+                if texts[name] in words:
+                    return pid
+            time.sleep(0.005)
+        raise AssertionError(f"no {name}:\n{self.tail()}")
+
+    def children(self) -> dict[int, list[str]]:
+        """Return the children that live, with their command lines."""
+        assert self.process is not None
+        found = {}
+        tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        for pid in map(int, tasks.read_text().split()):
+            with contextlib.suppress(FileNotFoundError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+                if line:
+                    found[pid] = line.split("\0")
+        return found
+
+    def kill(self, name: str) -> float:
+        """Kill a child; return the seconds until another runs in its place."""
+        pid = self.child(name)
+        started = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        while self.child(name) == pid:
+            time.sleep(0.001)
+        return time.monotonic() - started
+
+    def wait(self) -> int:
+        """Wait for the end of the supervisor; return its status."""
+        assert self.process is not None
+        status = self.process.wait(STOP_TIMEOUT_S)
+        self.process = None
+        return status
+
+    def stop(self) -> int:
+        """Ask the supervisor to stop; return its status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def mounts(self) -> int:
+        """Return how many file systems are mounted at our mount point."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [line.split()[4] for line in lines].count(str(self.directory.blocks))
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self._clean()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._clean()
+
+    def _clean(self) -> None:
+        try:
+            if self.process is not None:
+                self.stop()
+        finally:
+            if self.process is not None:
+                self.process.kill()
+                self.process.wait()
+            while self.mounts():
+                subprocess.run(["umount", "-f", "-l", str(self.directory.blocks)], check=True)
+
+
+def wait_for_end(pid: int, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Wait until a process that is not ours has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            assert poll.poll(timeout_s * 1000), f"process {pid} lives on"
+        finally:
+            os.close(descriptor)
+
+
+def _serve_api(config_json: Path) -> None:
+    """Be an API: listen on its socket, and have a child process, as gunicorn has."""
+    configuration = Configuration.model_validate_json(config_json.read_bytes())
+    configuration.api_socket.unlink(missing_ok=True)
+    with socketserver.UnixStreamServer(
+        str(configuration.api_socket), socketserver.BaseRequestHandler
+    ) as server:
+        with subprocess.Popen(["sleep", "1000"]) as worker:
+            signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the supervisor with the children of tests, or be one of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config-json", type=Path, required=True)
+    parser.add_argument("--as-api", action="store_true")
+    parser.add_argument("--export", action="store_true")
+    parser.add_argument("--no-resend", action="store_true")
+    parser.add_argument("--api", choices=("normal", "broken", "missing"), default="normal")
+    given = parser.parse_args(arguments)
+    if given.as_api:
+        _serve_api(given.config_json)
+        return 0
+    configuration = Configuration.model_validate_json(given.config_json.read_bytes())
+    apis = {"normal": API_CHILD, "broken": (_PYTHON, "-c", "exit(7)"), "missing": ("/no/program",)}
+    supervisor = Supervisor(
+        Settings(
+            run_dir=configuration.run_dir,
+            state_dir=configuration.state_dir,
+            config_json=given.config_json,
+            port=configuration.iscsi.port,
+        ),
+        commands={
+            "blockd": [*FUSE_CHILD, *(["--export"] if given.export else [])],
+            "api": apis[given.api],
+        },
+        resend=not given.no_resend,
+    )
+    return run_reporting(supervisor, "info")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
