@@ -1,0 +1,63 @@
+# Everything runs in the virtual environment .venv; Debian packages are installed when missing.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+# More arguments for pytest: make test ARGS="-k chunk"
+ARGS ?=
+
+INSTALL := packaging/install-dependencies
+RUNTIME_PACKAGES := packaging/apt-packages.txt
+TEST_PACKAGES := packaging/apt-packages-test.txt
+
+.PHONY: help venv test-tools demo test lint bench crash serve clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: ## make .venv with the stratocache command and every test tool
+	@$(INSTALL) $(RUNTIME_PACKAGES)
+	@$(MAKE) --silent $(STAMP)
+
+# Made again when the dependencies change; a stamp of its own, so that a half-made one never counts.
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=..." >&2; exit 1; }
+	@echo "Making the virtual environment $(VENV)"
+	@rm -f $@
+	@test -x $(RUN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@$(RUN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+test-tools: venv
+	@$(INSTALL) $(RUNTIME_PACKAGES) $(TEST_PACKAGES)
+
+demo: test-tools ## see the main job: boot a VM from a cached image, keep its disk (root)
+	@$(RUN)/python packaging/demo/demo.py
+
+test: test-tools ## run all tests (root)
+	@$(RUN)/python -m pytest $(ARGS)
+
+lint: venv ## check style, format and types
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --check .
+	@$(RUN)/mypy
+
+bench: test-tools ## measure, print the table, write build/bench.json (root)
+	@mkdir -p build
+	@$(RUN)/python tests/bench/run.py --output build/bench.json
+
+crash: test-tools ## run the crash tests alone, with every case (root)
+	@$(RUN)/python -m pytest tests/crash $(ARGS)
+
+serve: venv ## run the appliance here, with its state in build/serve (root)
+	@mkdir -p build/serve/state build/serve/run
+	@STRATOCACHE_STATE_DIR=$(CURDIR)/build/serve/state STRATOCACHE_RUN_DIR=$(CURDIR)/build/serve/run \
+		exec $(RUN)/stratocache serve
+
+clean: ## remove what the other targets made
+	@rm -rf --one-file-system build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf packaging/src/*.egg-info

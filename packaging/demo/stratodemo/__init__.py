@@ -1,0 +1,1 @@
+"""Demonstration images, virtual machines and the story that `make demo` tells."""
