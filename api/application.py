@@ -5,11 +5,24 @@ import falcon
 from stratocache.api.identity import caller_of
 from stratocache.api.problem import add_handlers
 from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
-from stratocache.api.resources.disks import DiskCollection, DiskItem
+from stratocache.api.resources.cache import CachePlan, CacheStatus
+from stratocache.api.resources.content import DiskContent, DiskUpload
+from stratocache.api.resources.disks import (
+    DiskCollection,
+    DiskHydration,
+    DiskItem,
+    DiskRestoration,
+)
 from stratocache.api.resources.health import Index, Liveness, Readiness
 from stratocache.api.resources.images import ImageCollection, ImageItem, ImagePin
 from stratocache.api.resources.launches import LaunchCollection, LaunchItem
 from stratocache.api.resources.operations import OperationCollection, OperationItem
+from stratocache.api.resources.snapshots import (
+    DiskSave,
+    SnapshotCollection,
+    SnapshotItem,
+    SnapshotRollback,
+)
 from stratocache.api.service import Service
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.state import Database
@@ -38,6 +51,7 @@ def create_app(
     app.req_options.strip_url_path_trailing_slash = True
     add_handlers(app)
     attachments = "/v1/disks/{uuid}/attachments"
+    snapshots = "/v1/disks/{uuid}/snapshots"
     app.add_route("/healthz", Liveness())
     app.add_route("/readyz", Readiness(service))
     app.add_route("/v1", Index(service))
@@ -46,8 +60,18 @@ def create_app(
     app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
     app.add_route("/v1/disks", DiskCollection(service))
     app.add_route("/v1/disks/{uuid}", DiskItem(service))
+    app.add_route("/v1/disks/{uuid}/content", DiskContent(service))
+    app.add_route("/v1/disks/{uuid}/content/upload", DiskUpload(service))
+    app.add_route("/v1/disks/{uuid}/hydrate", DiskHydration(service))
+    app.add_route("/v1/disks/{uuid}/restore", DiskRestoration(service))
+    app.add_route("/v1/disks/{uuid}/save", DiskSave(service))
+    app.add_route(snapshots, SnapshotCollection(service))
+    app.add_route(snapshots + "/{snapshot_id}", SnapshotItem(service))
+    app.add_route(snapshots + "/{snapshot_id}/rollback", SnapshotRollback(service))
     app.add_route(attachments, AttachmentCollection(service))
     app.add_route(attachments + "/{attachment_id}", AttachmentItem(service))
+    app.add_route("/v1/cache", CacheStatus(service))
+    app.add_route("/v1/cache/plan", CachePlan(service))
     app.add_route("/v1/launches", LaunchCollection(service))
     app.add_route("/v1/launches/{instance}", LaunchItem(service))
     app.add_route("/v1/operations", OperationCollection(service))

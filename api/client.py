@@ -8,7 +8,8 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -33,6 +34,8 @@ _CANCEL_WAIT_S = 60
 _MARGIN_S = 30.0
 _RECONNECT_S = 20.0
 """How long the API may be away, as when it is restarted, while somebody waits for an operation."""
+_EXCHANGE_S = 8 * 3600.0
+"""How long content may be converted before an answer comes."""
 _PAGES_MAX = 10_000
 _SUCCESSES = range(200, 300)
 _NEAREST = {401: "Refused", 404: "NotFound", 409: "Conflict", 412: "Conflict"}
@@ -77,9 +80,9 @@ class Client:
         """PUT without a body."""
         return self._call("PUT", path, {})
 
-    def patch(self, path: str, body: Document) -> Document:
+    def patch(self, path: str, body: Document, **parameters: str | float) -> Document:
         """PATCH with the fields to change."""
-        return self._call("PATCH", path, {}, body)
+        return self._call("PATCH", path, parameters, body)
 
     def delete(self, path: str, **parameters: str | float) -> Document:
         """DELETE; returns an operation while it is under way, else an empty document."""
@@ -158,6 +161,29 @@ class Client:
         if status in _SUCCESSES:
             return _document(answer) if answer else {}
         raise _error_of(status, answer)
+
+    @contextmanager
+    def exchange(
+        self, method: str, path: str, headers: dict[str, str], body: bytes = b""
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Send a request and yield the answer, its content still to be read.
+
+        Raises the answer's error and `Unreachable`. Reading raises `OSError`, or ends too early.
+        """
+        connection = _UnixConnection(self._socket_path, _EXCHANGE_S)
+        try:
+            try:
+                with suppress(BrokenPipeError):  # it may have answered before it read everything
+                    connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                content = b"" if response.status in _SUCCESSES else response.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreachable(error) from None
+            if response.status not in _SUCCESSES:
+                raise _error_of(response.status, content)
+            yield response
+        finally:
+            connection.close()
 
     def _unreachable(self, error: Exception) -> Unreachable:
         if isinstance(error, PermissionError):

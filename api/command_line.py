@@ -25,6 +25,8 @@ _COMMANDS = {
     "halt": ("stratocache.api.launch_commands", "End a launch: detach everything."),
     "image": ("stratocache.api.image_commands", "Cached images."),
     "disk": ("stratocache.api.disk_commands", "Persistent disks."),
+    "cache": ("stratocache.api.cache_commands", "Space, and what holds it."),
+    "pool": ("stratocache.api.pool_commands", "An XFS file as state directory."),
     "operation": ("stratocache.api.operation_commands", "Work under way."),
     "marketplace": ("stratocache.api.marketplace_commands", "Publish and check metadata."),
 }

@@ -5,8 +5,20 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.check_commands import check
+from stratocache.api.content_commands import download, import_options, upload
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.sizes import format_size
+from stratocache.api.snapshot_commands import (
+    hydrate,
+    resize,
+    restore,
+    rollback,
+    save,
+    snapshot,
+    snapshot_rm,
+    snapshots,
+)
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -19,9 +31,17 @@ def disk() -> None:
     """Create, list, change, attach and delete disks."""
 
 
+disk.add_command(check)
+disk.add_command(download)
+disk.add_command(upload)
+for command in (hydrate, resize, restore, rollback, save, snapshot, snapshot_rm, snapshots):
+    disk.add_command(command)
+
+
 @disk.command()
 @click.option("--size", "size_bytes", type=SizeType(), help="Such as 10G; blank disks need one.")
 @click.option("--reference", help="Clone this image; --size may grow the clone.")
+@click.option("--snapshot", metavar="ID", help="Clone this snapshot; --size may grow the clone.")
 @click.option("--tag", default="", help="Free text, at most 40 characters.")
 @click.option("--visibility", type=_VISIBILITY, default="private", show_default=True)
 @click.option(
@@ -31,6 +51,7 @@ def disk() -> None:
     show_default=True,
 )
 @click.option("--volatile", is_flag=True, help="Delete it when it is detached.")
+@import_options
 @json_option
 @click.pass_obj
 def create(session: Session, /, **wanted: Any) -> None:
@@ -77,11 +98,12 @@ def show(session: Session, uuid: str) -> None:
 
 @disk.command()
 @click.argument("uuid")
+@click.option("--snapshots", is_flag=True, help="Delete its snapshots too.")
 @json_option
 @click.pass_obj
-def rm(session: Session, uuid: str) -> None:
+def rm(session: Session, uuid: str, snapshots: bool) -> None:
     """Delete a disk that is not attached, for good."""
-    session.remove(_path(uuid), "delete")
+    session.remove(_path(uuid), "delete", **({"snapshots": "delete"} if snapshots else {}))
     session.show({"deleted": uuid}, f"Disk {uuid} is deleted.")
 
 

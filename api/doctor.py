@@ -19,7 +19,9 @@ from pathlib import Path
 from stratocache.api.identity import group_id
 from stratocache.api.sizes import format_size
 from stratocache.cache.configuration import Configuration
+from stratocache.cache.errors import StratocacheError
 from stratocache.fs import reflink
+from stratocache.fs.pool import Pool
 
 
 class Verdict(StrEnum):
@@ -58,6 +60,8 @@ def examine(configuration: Configuration) -> list[Finding]:
     for name, check in _CHECKS.items():
         try:
             findings.append(check(name, configuration))
+        except StratocacheError as error:
+            findings.append(Finding(name, Verdict.FAIL, error.message, "Do as the sentence says."))
         except OSError as error:
             findings.append(Finding(name, Verdict.FAIL, str(error), "Mend what the system names."))
     return findings
@@ -218,11 +222,15 @@ def _reflink(name: str, configuration: Configuration) -> Finding:
         )
     if reflink.supported(directory, directory):
         return Finding(name, Verdict.OK, f"{directory}: clones of whole images cost no space")
+    pool = Pool.read(configuration.state_dir)
+    if pool is not None:
+        return Finding(name, Verdict.OK, f"the pool {pool.path} is mounted when the daemon starts")
     return Finding(
         name,
         Verdict.WARN,
         f"{directory} does not share extents: clones are overlays",
-        "XFS (reflink=1) or btrfs as state directory makes clones plain files.",
+        "`stratocache pool create --size 100G` makes an XFS file the state directory, while that "
+        "is empty; XFS (reflink=1) or btrfs serve as well.",
     )
 
 

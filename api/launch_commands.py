@@ -125,11 +125,12 @@ def qemu_command(arguments: Sequence[str], memory_bytes: int, accel: str | None)
 
 @click.command()
 @click.argument("instance")
+@click.option("--failed", is_flag=True, help="Keep its volatile disks for a while (quarantine).")
 @json_option
 @click.pass_obj
-def halt(session: Session, instance: str) -> None:
+def halt(session: Session, instance: str, failed: bool) -> None:
     """Detach all disks of an instance and delete its volatile ones."""
-    session.remove(_path(instance), "halt")
+    session.remove(_path(instance), "halt", **({"outcome": "failed"} if failed else {}))
     session.show({"halted": instance}, f"Instance {instance} is halted.")
 
 

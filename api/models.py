@@ -7,7 +7,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from stratocache.api.problem import HttpProblem
 from stratocache.api.sizes import SECTOR_BYTES, SIZE_BYTES_MAX, SIZE_BYTES_MIN
+from stratocache.cache.entry import Compression
 from stratocache.cache.errors import InvalidInput
+from stratocache.fs.records import SAVED_VALID_DAYS
 from stratocache.fs.target import check_initiator_name
 
 BODY_BYTES_MAX = 1024**2
@@ -20,6 +22,7 @@ Reference = Annotated[
 ]  # no blanks: references are URLs and identifiers
 InstanceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Tag = Annotated[str, Field(max_length=TAG_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 UserName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$")]
 Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 InitiatorName = Annotated[str, Field(max_length=223), AfterValidator(check_initiator_name)]
@@ -42,10 +45,17 @@ class ImageFetch(RequestModel):
 
 
 class DiskCreation(RequestModel):
-    """`POST /v1/disks`: blank of a size, or a clone of a reference, grown to the size if given."""
+    """`POST /v1/disks`: blank of a size, or a clone of a reference or of a snapshot, or the content
+    of a file on a web server, grown to the size if given."""
 
     size_bytes: SizeBytes | None = None
     reference: Reference | None = None
+    snapshot: Uuid | None = None
+    import_url: Reference | None = None
+    format: Literal["raw", "qcow2"] | None = None
+    compression: Compression | None = None
+    sha256: Annotated[str, Field(max_length=64)] | None = None
+    sha512: Annotated[str, Field(max_length=128)] | None = None
     tag: Tag = ""
     visibility: Visibility = "private"
     kind: DiskKind = "data"
@@ -58,6 +68,29 @@ class DiskChange(RequestModel):
     tag: Tag | None = None
     visibility: Visibility | None = None
     owner: UserName | None = None
+    size_bytes: SizeBytes | None = None
+
+
+class SnapshotCreation(RequestModel):
+    """`POST /v1/disks/{uuid}/snapshots`."""
+
+    tag: Tag = ""
+
+
+class DiskSaving(RequestModel):
+    """`POST /v1/disks/{uuid}/save`: which snapshot, and what the metadata is to say."""
+
+    snapshot: Uuid | None = None
+    title: Text | None = None
+    comment: Text | None = None
+    os: Text | None = None
+    os_version: Text | None = None
+    os_arch: Text | None = None
+    version: Text | None = None
+    author: Text | None = None
+    publisher: Text | None = None
+    kind: Literal["machine", "disk"] = "machine"
+    valid_days: Annotated[int, Field(ge=1, le=3660)] = SAVED_VALID_DAYS
 
 
 class AttachmentCreation(RequestModel):

@@ -41,6 +41,19 @@ def wait_seconds(request: falcon.Request, default: float) -> float:
     return seconds
 
 
+def choice(request: falcon.Request, name: str, *allowed: str) -> str | None:
+    """Return a parameter that has one of a few values, None when it is absent.
+
+    Raises `InvalidInput` (`parameter-invalid`).
+    """
+    text = request.get_param(name)
+    if text is not None and text not in allowed:
+        raise InvalidInput(
+            "parameter-invalid", f"{name} is one of: {', '.join(allowed)}.", field=name
+        )
+    return text
+
+
 def page(
     request: falcon.Request, items: Iterable[Item], cursor_of: Callable[[Item], str]
 ) -> tuple[list[Item], str | None]:

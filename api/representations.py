@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from stratocache.api import connection_details
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
-from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation
+from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation, Snapshot
 from stratocache.fs.target import LUN
 
 
@@ -63,12 +63,15 @@ class DiskView(Representation):
     state: Literal["creating", "available", "deleting"]
     size_bytes: int
     base_image: str | None
+    base_snapshot: str | None
     form: Literal["overlay", "raw"] | None
     owner: str
     tag: str
     visibility: Literal["private", "public"]
     kind: Literal["machine", "data", "readonly"]
     volatile: bool
+    quarantined_at: str | None
+    """When it was kept as its instance had failed; None = it is not in quarantine."""
     created_at: str
     attached_to: list[str]
     """Instances that have it now."""
@@ -81,14 +84,44 @@ class DiskView(Representation):
             state=disk.state,
             size_bytes=disk.size_bytes,
             base_image=disk.base_image,
+            base_snapshot=disk.base_snapshot,
             form=disk.form,
             owner=disk.owner,
             tag=disk.tag,
             visibility=disk.visibility,
             kind=disk.kind,
             volatile=disk.volatile,
+            quarantined_at=disk.quarantined_at,
             created_at=disk.created_at,
             attached_to=[attachment.instance for attachment in attachments],
+        )
+
+
+class SnapshotView(Representation):
+    """A snapshot."""
+
+    id: str
+    disk_uuid: str
+    state: Literal["creating", "absorbing", "available", "deleting"]
+    size_bytes: int
+    tag: str
+    owner: str
+    created_at: str
+    frozen_at: str | None
+    """From when on the disk may differ from it."""
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Self:
+        """Show a snapshot."""
+        return cls(
+            id=snapshot.id,
+            disk_uuid=snapshot.disk_uuid,
+            state=snapshot.state,
+            size_bytes=snapshot.size_bytes,
+            tag=snapshot.tag,
+            owner=snapshot.owner,
+            created_at=snapshot.created_at,
+            frozen_at=snapshot.frozen_at,
         )
 
 

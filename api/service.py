@@ -7,7 +7,7 @@ from typing import cast
 
 from stratocache.api.problem import FailedOperation
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import ErrorRecord, from_record
+from stratocache.cache.errors import ErrorRecord, Unreachable, from_record
 from stratocache.fs import inventory
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Operation
@@ -46,6 +46,16 @@ class Service:
         with self._slot() as reserved:
             timeout_s = wait_s if reserved else min(wait_s, _UNRESERVED_WAIT_S)
             return inventory.wait_for_operation(self.db, operation.id, timeout_s)
+
+    @contextmanager
+    def transfer(self) -> Iterator[None]:
+        """Take a thread for a long transfer; raises `Unreachable` (`server-busy`)."""
+        with self._slot() as reserved:
+            if not reserved:
+                raise Unreachable(
+                    "server-busy", "Too many transfers are under way; try again in a moment."
+                )
+            yield
 
     @contextmanager
     def _slot(self) -> Iterator[bool]:

@@ -52,9 +52,9 @@ class Session:
         with progress.shown(title, quiet=self.as_json) as report:
             return self.client.follow(operation, report)
 
-    def remove(self, path: str, title: str) -> None:
-        """DELETE something and wait until it is gone."""
-        operation = self.client.delete(path, wait=0)
+    def remove(self, path: str, title: str, **parameters: str) -> None:
+        """DELETE something, with parameters of the query, and wait until it is gone."""
+        operation = self.client.delete(path, wait=0, **parameters)
         if operation:
             self.follow(operation, title)
 

@@ -78,6 +78,17 @@ class SpaceSettings(_Table):
     """Free space that fetches and new disks leave alone."""
 
     reserve_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    write_wait_s: Seconds = 30
+    """How long a guest's write waits for space on a full file system before it fails."""
+    overcommit_ratio: Annotated[float, Field(ge=1, le=1000)] = 10
+    """What disks are promised beyond what they have, over the free space less the reserve."""
+
+
+class QuarantineSettings(_Table):
+    """Volatile disks of instances that have failed."""
+
+    period_s: Annotated[float, Field(gt=0, le=366 * 86400)] = 48 * 3600
+    """How long they are kept before they are deleted."""
 
 
 class Configuration(_Table):
@@ -92,6 +103,7 @@ class Configuration(_Table):
     iscsi: IscsiSettings = IscsiSettings()
     api: ApiSettings = ApiSettings()
     space: SpaceSettings = SpaceSettings()
+    quarantine: QuarantineSettings = QuarantineSettings()
 
     @property
     def database(self) -> Path:

@@ -9,6 +9,9 @@ Compression = Literal["none", "gz", "bz2", "xz", "zst"]
 ImageFormat = Literal["raw", "qcow2"]
 Trust = Literal["signed", "legacy-sha1", "unsigned"]
 
+LOCAL_CATALOGUE = "local"
+"""What stands for the catalogue in entries of images that were made on this host."""
+
 
 class Endorser(BaseModel):
     """Who signed an entry: the identity in the document, proven by the certificate."""

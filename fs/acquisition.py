@@ -16,13 +16,14 @@ import trio
 
 from stratocache.cache.catalogue import Catalogues
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.entry import Entry
+from stratocache.cache.entry import LOCAL_CATALOGUE, Entry
 from stratocache.cache.errors import Cancelled, Conflict, Internal, NotFound, StratocacheError
 from stratocache.cache.fetch import FetchedImage, Fetcher
 from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory
+from stratocache.fs.manifests import named_manifests
 from stratocache.fs.records import Image
 from stratocache.fs.state import Database, now, record_event
 
@@ -68,12 +69,14 @@ class Acquisition:
     async def acquire(self, text: str, report: Report) -> Image:
         """Return the verified image that a reference means, fetching it when it is not here.
 
-        A cached image is judged again by its stored entry, without its catalogue. Raises what
-        resolving, judging or fetching raises.
+        A cached image is judged again by its stored entry, without its catalogue; one that was
+        made on this host (`local:ID`, or its id alone) needs no judgement. Raises what resolving,
+        judging or fetching raises.
         """
         cached = self._cached(text)
         if cached is not None:
-            self._catalogues.recheck(cached.entry, now=datetime.now(UTC))
+            if cached.entry.catalogue != LOCAL_CATALOGUE:
+                self._catalogues.recheck(cached.entry, now=datetime.now(UTC))
             return cached
         entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
         while True:
@@ -88,14 +91,22 @@ class Acquisition:
         reference = parse(
             text,
             self._configuration.default_catalogue,
-            {name: item.endpoint for name, item in self._configuration.catalogues.items()},
+            {
+                LOCAL_CATALOGUE: "",
+                **{name: item.endpoint for name, item in self._configuration.catalogues.items()},
+            },
         )
         if not is_identifier(reference.path):
             return None
         image = inventory.find_image(self._db, reference.path)
-        if image is None or image.state != "verified" or not _same(reference, image.entry):
-            return None
-        return image
+        default = self._configuration.default_catalogue
+        if image is not None and image.state == "verified" and _same(reference, image, default):
+            return image
+        if reference.catalogue == LOCAL_CATALOGUE:
+            raise NotFound(
+                "image-unknown", f"No image {reference.path} was saved here.", field="reference"
+            )
+        return None
 
     async def _wait_for_flight(self, entry: Entry, report: Report) -> None:
         flight = self._flights.get(entry.identifier)
@@ -190,14 +201,17 @@ class Acquisition:
     def sweep(self) -> None:
         """At start, delete whatever files no row of the state database accounts for."""
         self.tidy()
-        rows = inventory.images(self._db)
-        for identifier in set(self._images.identifiers()) - {image.id for image in rows}:
+        named = named_manifests(self._db)
+        for identifier in set(self._images.identifiers()) - named:
             self._images.remove(identifier)
-        self._fetcher.sweep({image.id for image in rows})
+        self._fetcher.sweep({image.id for image in inventory.images(self._db)})
 
 
-def _same(reference: Reference, entry: Entry) -> bool:
-    if reference.catalogue != entry.catalogue:
+def _same(reference: Reference, image: Image, default_catalogue: str) -> bool:
+    entry = image.entry
+    # an id alone means the default catalogue's image, or the same content made on this host
+    local = entry.catalogue == LOCAL_CATALOGUE and reference.catalogue == default_catalogue
+    if reference.catalogue != entry.catalogue and not local:
         return False
     if reference.pin is None:
         return True

@@ -20,6 +20,8 @@ FIRST_INODE: Final = 16
 
 _NAME_TIMEOUT_S = 1
 _ATTRIBUTES_TIMEOUT_S = 3600
+_DISK_ATTRIBUTES_TIMEOUT_S = 0
+"""Disks grow, and whoever opens one right after that must see its new size."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -60,9 +62,11 @@ def image_attributes(image: Image) -> EntryAttributes:
 
 def disk_attributes(disk: Disk, allocated_bytes: int) -> EntryAttributes:
     """Return a disk's attributes; its blocks are the space that its files take."""
-    return _file_attributes(
+    attributes = _file_attributes(
         disk_inode(disk.number), 0o600, disk.size_bytes, allocated_bytes, disk.created_at
     )
+    attributes.attr_timeout = _DISK_ATTRIBUTES_TIMEOUT_S
+    return attributes
 
 
 def _file_attributes(

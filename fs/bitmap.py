@@ -32,7 +32,6 @@ _WRITING_OFFSET = 65
 """The same, 1 from before a page of the durable bitmap is written until it has been synced."""
 
 _NO_BOOT = bytes(16)
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PIECE_BYTES = 256 * PAGE_BYTES
 
 
@@ -48,78 +47,124 @@ def new_header(size_bytes: int) -> bytes:
     return _pack(size_bytes, uuid.uuid4().bytes, _NO_BOOT)
 
 
-def boot_id() -> bytes:
-    """Return what names this boot of the host (random(4), boot_id)."""
-    return uuid.UUID(_BOOT_ID.read_text().strip()).bytes
-
-
 def _pack(size_bytes: int, generation: bytes, boot: bytes) -> bytes:
     fields = _HEADER.pack(_MAGIC, VERSION, BLOCK_BYTES, size_bytes, generation, boot)
     return (fields + _CHECKSUM.pack(zlib.crc32(fields))).ljust(HEADER_BYTES, b"\0")
 
 
-def read_generation(header: bytes, size_bytes: int, path: Path) -> bytes:
-    """Return the generation of a durable header that describes a disk of `size_bytes`.
+def read_header(header: bytes, path: Path) -> tuple[int, bytes]:
+    """Return the size and the generation that a durable header names.
 
     Raises `Internal` (`overlay-too-new`) for a later version, `NotVerified` (`overlay-damaged`)
     for anything else that this version did not write.
     """
     fields = header[: _HEADER.size]
-    (checksum,) = _CHECKSUM.unpack_from(header, _HEADER.size)
-    magic, version, block_bytes, size, generation, boot = _HEADER.unpack(fields)
-    if magic == _MAGIC and version > VERSION:
-        raise Internal(
-            "overlay-too-new",
-            f"{path} has format {version}, this Stratocache knows {VERSION}; install a newer one.",
-        )
-    expected = (_MAGIC, VERSION, BLOCK_BYTES, size_bytes, _NO_BOOT, zlib.crc32(fields))
-    if (magic, version, block_bytes, size, boot, checksum) != expected:
-        raise NotVerified(
-            "overlay-damaged",
-            f"{path} does not describe this disk of {size_bytes} bytes; restore the disk.",
-        )
-    found: bytes = generation
-    return found
+    if len(header) == HEADER_BYTES:
+        (checksum,) = _CHECKSUM.unpack_from(header, _HEADER.size)
+        magic, version, block_bytes, size_bytes, generation, boot = _HEADER.unpack(fields)
+        if magic == _MAGIC and version > VERSION:
+            raise Internal(
+                "overlay-too-new",
+                f"{path} has format {version}, this Stratocache knows {VERSION}; "
+                "install a newer one.",
+            )
+        expected = (_MAGIC, VERSION, BLOCK_BYTES, _NO_BOOT, zlib.crc32(fields))
+        if (magic, version, block_bytes, boot, checksum) == expected:
+            return size_bytes, generation
+    raise NotVerified("overlay-damaged", f"{path} is not the bitmap of a disk; restore the disk.")
+
+
+def _is_live(live: LiveMap, generation: bytes, boot: bytes) -> bool:
+    """Tell whether a live bitmap belongs to that durable one and this boot, whatever its size."""
+    known = _HEADER.size + _CHECKSUM.size
+    if len(live) < HEADER_BYTES:
+        return False
+    size_bytes: int = _HEADER.unpack(live[: _HEADER.size])[3]
+    return live[:known] == _pack(size_bytes, generation, boot)[:known]
 
 
 class Bitmap:
     """The live bitmap, and which of its pages the durable one does not have yet."""
 
-    def __init__(self, live: LiveMap, unwritten: set[int]) -> None:
+    def __init__(
+        self, live: LiveMap, live_path: Path, size_bytes: int, unwritten: set[int], storage: Storage
+    ) -> None:
+        self.size_bytes = size_bytes
+        self._storage = storage
+        self._live_path = live_path
+        self._unwritten = unwritten
+        self._map(live)
+
+    def _map(self, live: LiveMap) -> None:
         self._live = live
         self._view = memoryview(live)
         self.bits = self._view[HEADER_BYTES:]
         """Bit i of byte b is block 8 * b + i; reads index it, `mark` alone writes it."""
-        self._unwritten = unwritten
 
     @classmethod
-    def load(
-        cls, durable: BlockFile, path: Path, live_path: Path, size_bytes: int, storage: Storage
-    ) -> "Bitmap":
+    def load(cls, durable: BlockFile, path: Path, live_path: Path, storage: Storage) -> "Bitmap":
         """Take up the live bitmap if it is this disk's, of this boot, else copy the durable.
 
-        Raises what `read_generation` raises, and `OSError`.
+        Raises what `read_header` raises, and `OSError`.
         """
+        if durable.size() < HEADER_BYTES:
+            raise NotVerified("overlay-damaged", f"{path} is cut off; restore the disk.")
+        size_bytes, generation = read_header(durable.pread(HEADER_BYTES, 0), path)
         length = file_bytes(size_bytes)
-        if durable.size() != length:
+        if durable.size() < length:
             raise NotVerified("overlay-damaged", f"{path} is not {length} bytes; restore the disk.")
-        generation = read_generation(durable.pread(HEADER_BYTES, 0), size_bytes, path)
-        header = _pack(size_bytes, generation, boot_id())
-        live = storage.map_live(live_path, length)
+        boot = storage.boot_id()
+        live = storage.map_live(live_path)
         if live is not None:
-            # past the checksum the header has only the two marks
-            known = _HEADER.size + _CHECKSUM.size
-            if live[:known] == header[:known]:
+            if _is_live(live, generation, boot):
+                # a death in the middle of growth leaves it of another length
+                if len(live) != length:
+                    live = _resized(live, _pack(size_bytes, generation, boot), live_path, storage)
                 # half a flush: what the file reads is perhaps not what the medium has
                 suspect = live[_WRITING_OFFSET] != 0
                 unwritten = _unwritten_pages(live, durable, length, suspect=suspect)
                 if unwritten is not None:
-                    return cls(live, unwritten)
+                    return cls(live, live_path, size_bytes, unwritten, storage)
             log.warning("%s is stale; the bitmap starts from %s", live_path, path)
-            if not isinstance(live, bytearray):
-                live.close()
-        content = header + durable.pread(length - HEADER_BYTES, HEADER_BYTES)
-        return cls(storage.create_live(live_path, content), set())
+            _unmap(live)
+        content = _pack(size_bytes, generation, boot) + durable.pread(
+            length - HEADER_BYTES, HEADER_BYTES
+        )
+        live = storage.create_live(live_path, content)
+        return cls(live, live_path, size_bytes, set(), storage)
+
+    def extend(self, durable: BlockFile, size_bytes: int) -> None:
+        """Let the durable bitmap describe a larger disk, durably; any thread may.
+
+        A crash in between leaves a file that is longer than its header says.
+        """
+        durable.extend(file_bytes(size_bytes), reserve=True)
+        generation = bytes(self._view[24:40])
+        durable.pwrite(_pack(size_bytes, generation, _NO_BOOT), 0)
+        durable.fdatasync()
+
+    def grow(self, size_bytes: int) -> None:
+        """Let the live bitmap describe the larger disk, after `extend`; no `write` may run."""
+        fields = _HEADER.unpack(self._view[: _HEADER.size])
+        header = _pack(size_bytes, fields[4], fields[5])
+        old = self._live
+        self.bits.release()
+        self._view.release()
+        try:
+            live = _resized(old, header, self._live_path, self._storage)
+        except BaseException:
+            self._map(old)
+            raise
+        self._map(live)
+        self.size_bytes = size_bytes
+
+    def is_full(self, size_bytes: int) -> bool:
+        """Tell whether every block of a disk of that size is in the data file."""
+        return self.count() >= (size_bytes + BLOCK_BYTES - 1) >> BLOCK_SHIFT
+
+    def count(self) -> int:
+        """Return how many blocks are in the data file."""
+        return int.from_bytes(self.bits, "little").bit_count()
 
     @property
     def data_failed(self) -> bool:
@@ -180,8 +225,24 @@ class Bitmap:
         """Unmap the live bitmap; its file stays."""
         self.bits.release()
         self._view.release()
-        if not isinstance(self._live, bytearray):
-            self._live.close()
+        _unmap(self._live)
+
+
+def _unmap(live: LiveMap) -> None:
+    if not isinstance(live, bytearray):
+        live.close()
+
+
+def _resized(live: LiveMap, header: bytes, path: Path, storage: Storage) -> LiveMap:
+    """Replace a live bitmap by one of the length that another header asks for; the marks stay."""
+    size_bytes: int = _HEADER.unpack(header[: _HEADER.size])[3]
+    length = file_bytes(size_bytes)
+    marks = live[_FAILED_OFFSET : _WRITING_OFFSET + 1]
+    content = b"".join((header[:_FAILED_OFFSET], marks, header[_WRITING_OFFSET + 1 :]))
+    content += live[HEADER_BYTES:length]
+    new = storage.create_live(path, content.ljust(length, b"\0"))
+    _unmap(live)
+    return new
 
 
 def _unwritten_pages(

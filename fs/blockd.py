@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import signal
+import sqlite3
 from pathlib import Path
 
 import httpx
@@ -21,17 +22,24 @@ from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
-from stratocache.fs import inventory
+from stratocache.fs import inventory, transfers
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.content_import import Importer
+from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.fuse_connection import serve_inherited
-from stratocache.fs.operations import Operations
+from stratocache.fs.import_intents import IMPORT_DISK
+from stratocache.fs.importing import Importing
+from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
+from stratocache.fs.promotion import Promotion
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller
 from stratocache.fs.run_directory import RunDirectory
-from stratocache.fs.state import Database
+from stratocache.fs.saving import Saving
+from stratocache.fs.snapshots import Snapshots
+from stratocache.fs.state import Database, record_event
 from stratocache.fs.tgt import Tgt
 from stratocache.fs.tree import Tree
 
@@ -52,12 +60,31 @@ class Blockd:
         self._db.migrate()
         self._chunks = ChunkStore(configuration.state_dir / "chunks")
         self._images = ImageStore(configuration.state_dir, self._chunks)
-        self._disks = DiskStore(configuration.state_dir, configuration.run_dir)
+        self._disks = DiskStore(
+            configuration.state_dir,
+            configuration.run_dir,
+            write_wait_s=configuration.space.write_wait_s,
+            on_full=self._note_full,
+        )
         self.blocks = Blocks(configuration, self._db, self._images, self._disks)
         self._woken = trio.Event()
 
     def _wake(self) -> None:
         self._woken.set()
+
+    def _note_full(self, uuid: str) -> None:
+        """Record, beside the write that waits, that a disk's file system is full."""
+        trio.lowlevel.spawn_system_task(trio.to_thread.run_sync, self._record_full, uuid)
+
+    def _record_full(self, uuid: str) -> None:
+        try:
+            with self._db.transaction() as connection:
+                record_event(
+                    connection, "disk.full", uuid,
+                    f"A write to disk {uuid} waits for space; free some.",
+                )  # fmt: skip
+        except sqlite3.Error:
+            log.exception("the event of disk %s could not be recorded", uuid)
 
     async def run(self, fuse_fd: int, ready_fd: int) -> None:
         """Serve until SIGTERM or until the connection ends; flush and close every overlay."""
@@ -108,7 +135,7 @@ class Blockd:
             self._images,
             nursery,
         )
-        operations = Operations(self._db, acquisition, nursery, self._wake)
+        work = DiskWork()
         reconciler = Reconciler(
             self._configuration,
             self._db,
@@ -116,14 +143,32 @@ class Blockd:
             self._disks,
             Tgt(self._directory.tgt_control),
             self.blocks,
+            work,
         )
+        snapshots = Snapshots(
+            self._db, self._images, self._disks, self.blocks, work, nursery, self._wake
+        )
+        promotion = Promotion(
+            self._configuration, self._db, self._disks, self.blocks, reconciler.manifests, work,
+            reconciler.targets, reconciler.exclusive, self._wake,
+        )  # fmt: skip
+        performers: dict[str, Performer] = {
+            "hydrate": promotion,
+            IMPORT_DISK: Importing(self._db, self._disks, Importer(self._configuration, client)),
+            "save": Saving(self._db, self._images, self._disks),
+        }
+        operations = Operations(self._db, acquisition, nursery, self._wake, performers)
         known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}
         await trio.to_thread.run_sync(self._disks.sweep, known)
         await trio.to_thread.run_sync(acquisition.sweep)
+        await trio.to_thread.run_sync(transfers.sweep, self._configuration, self._db)
+        await reconciler.adopt()
         while True:
             self._woken = trio.Event()
             operations.look()
             unsettled = await reconciler.reconcile()
+            snapshots.look()
+            await promotion.look()
             interval_s = _RETRY_INTERVAL_S if unsettled else _IDLE_INTERVAL_S
             with trio.move_on_after(interval_s):
                 await self._woken.wait()

@@ -5,7 +5,8 @@ all who ask. An open disk or image stays open until it is forgotten, right befor
 """
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 import trio
@@ -40,6 +41,12 @@ class _Openings(Generic[_T]):
             if found is None:
                 found = self.open[number] = await self._opener(number)
             return found
+
+    @asynccontextmanager
+    async def withheld(self, number: int) -> AsyncIterator[_T | None]:
+        """Yield what was open, which is forgotten, and let nobody open it during the block."""
+        async with self._locks.setdefault(number, trio.Lock()):
+            yield self.open.pop(number, None)
 
     def forget(self, number: int) -> _T | None:
         self._locks.pop(number, None)
@@ -133,12 +140,25 @@ class Blocks:
 
     async def _open_overlay(self, number: int) -> Overlay:
         disk = self.disk_by_number(number)
-        if disk is None or disk.base_image is None:
+        if disk is None:
             raise NotFound("disk-unknown", f"There is no overlay of number {number} any more.")
-        base = await trio.to_thread.run_sync(self._images.reader, disk.base_image)
         return await trio.to_thread.run_sync(
-            self._disks.open_overlay, disk.uuid, disk.size_bytes, base
+            self._disks.open_overlay, disk.uuid, self._images.reader
         )
+
+    @asynccontextmanager
+    async def closed(self, number: int, *, flush: bool) -> AsyncIterator[None]:
+        """Close a disk and keep it closed during the block, while its files are exchanged.
+
+        Nobody may be using it. Raises `OSError` when the flush fails; it is closed then too.
+        """
+        async with self._overlays.withheld(number) as overlay:
+            if overlay is not None:
+                if flush:
+                    await overlay.aclose()
+                else:
+                    overlay.close()
+            yield
 
     def forget_disk(self, number: int) -> None:
         """Close a disk that nobody has attached; its files are about to go."""

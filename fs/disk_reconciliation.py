@@ -1,23 +1,41 @@
 """Disks on their way in and out: files are made or removed, then the rows say so."""
 
 import logging
-import os
+from datetime import UTC, datetime, timedelta
 
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import Internal, NoSpace, StratocacheError
+from stratocache.cache.errors import Cancelled, Internal, StratocacheError
 from stratocache.cache.images import ImageStore
-from stratocache.fs import records
+from stratocache.fs import inventory, records, space_plan
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.intents import stop_work
+from stratocache.fs.manifests import Manifests
 from stratocache.fs.operations import fail, finish, undo_launch
 from stratocache.fs.records import Disk, DiskForm
-from stratocache.fs.state import Database
+from stratocache.fs.state import Database, record_event, timestamp
 
 log = logging.getLogger(__name__)
 
 _PARALLEL_DISKS = 8
+# neither attached, nor being worked on, nor having a snapshot that is being cloned
+_DELETABLE = """
+    SELECT * FROM disks WHERE state = 'deleting'
+    AND NOT EXISTS (SELECT 1 FROM attachments WHERE disk_uuid = disks.uuid)
+    AND NOT EXISTS (
+        SELECT 1 FROM operations WHERE subject = disks.uuid AND kind IN ('hydrate', 'save')
+        AND state IN ('pending', 'running'))
+    AND NOT EXISTS (
+        SELECT 1 FROM snapshots JOIN disks AS clones ON clones.base_snapshot = snapshots.id
+        WHERE snapshots.disk_uuid = disks.uuid AND clones.state = 'creating')
+"""
+_QUARANTINE_OVER = """
+    SELECT uuid FROM disks WHERE quarantined_at <= ? AND state = 'available'
+    AND NOT EXISTS (SELECT 1 FROM attachments WHERE disk_uuid = disks.uuid)
+"""
 
 
 class DiskReconciliation:
@@ -30,12 +48,44 @@ class DiskReconciliation:
         images: ImageStore,
         disks: DiskStore,
         blocks: Blocks,
+        manifests: Manifests,
+        work: DiskWork,
     ) -> None:
         self._configuration = configuration
         self._db = db
         self._images = images
         self._disks = disks
         self._blocks = blocks
+        self._manifests = manifests
+        self._work = work
+
+    def adopt(self) -> None:
+        """At start, let the rows say which form the files of disks have: a crash may have come
+        between the two. Overlays of the first release get a layout. Blocks on file I/O."""
+        for row in self._db.rows("SELECT * FROM disks WHERE state = 'available'"):
+            disk = records.disk_from(row)
+            try:
+                if disk.base_manifest is not None:
+                    self._disks.adopt_overlay(disk.uuid, disk.base_manifest)
+                form = self._disks.form(disk.uuid)
+            except (StratocacheError, OSError):
+                log.exception("the files of disk %s cannot be looked at", disk.uuid)
+                continue
+            if form is None:
+                log.error("the files of disk %s are missing", disk.uuid)
+            elif form != disk.form:
+                self._record_form(disk, form)
+
+    def _record_form(self, disk: Disk, form: DiskForm) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(
+                "UPDATE disks SET form = ?1, generation = generation + 1, "
+                "base_manifest = CASE ?1 WHEN 'raw' THEN NULL ELSE base_manifest END "
+                "WHERE uuid = ?2",
+                (form, disk.uuid),
+            )
+        if form == "raw":
+            self._manifests.collect(disk.base_manifest)
 
     async def create(self) -> None:
         """Make the files of disks that are being created, several at a time."""
@@ -62,19 +112,17 @@ class DiskReconciliation:
             await trio.to_thread.run_sync(self._record_disks, disks, outcomes)
 
     def _create_disk(self, disk: Disk) -> DiskForm:
-        space = os.statvfs(self._configuration.state_dir)
-        free_bytes = space.f_bavail * space.f_frsize
-        if free_bytes < self._configuration.space.reserve_bytes:
-            raise NoSpace(
-                "no-space",
-                f"Only {free_bytes} bytes are free below {self._configuration.state_dir}, the "
-                f"reserve is {self._configuration.space.reserve_bytes}; free some space.",
+        space_plan.admit(self._configuration, self._db, disk.uuid, disk.size_bytes)
+        if disk.base_manifest is not None:
+            base = self._images.reader(disk.base_manifest)
+            return self._disks.create_clone(disk.uuid, disk.size_bytes, base, disk.base_manifest)
+        if disk.base_snapshot is not None:
+            snapshot = inventory.find_snapshot(self._db, disk.base_snapshot)
+            assert snapshot is not None  # it stays as long as a disk is being made of it
+            return self._disks.clone_raw_snapshot(
+                disk.uuid, disk.size_bytes, snapshot.disk_uuid, snapshot.id
             )
-        if disk.base_image is None:
-            return self._disks.create_blank(disk.uuid, disk.size_bytes)
-        return self._disks.create_clone(
-            disk.uuid, disk.size_bytes, self._images.reader(disk.base_image)
-        )
+        return self._disks.create_blank(disk.uuid, disk.size_bytes)
 
     def _record_disks(
         self, disks: list[Disk], outcomes: dict[str, DiskForm | StratocacheError]
@@ -89,11 +137,14 @@ class DiskReconciliation:
                     self._record_failed_disk(disk, outcome)
                     continue
                 connection.execute(
-                    "UPDATE disks SET state = 'available', form = ? "
-                    "WHERE uuid = ? AND state = 'creating'",
+                    "UPDATE disks SET state = 'available', form = ?1, "
+                    "base_manifest = CASE ?1 WHEN 'raw' THEN NULL ELSE base_manifest END "
+                    "WHERE uuid = ?2 AND state = 'creating'",
                     (outcome, disk.uuid),
                 )
                 finish(connection, "create-disk", disk.uuid, {"disk": disk.uuid})
+        for disk in disks:
+            self._manifests.collect(disk.base_manifest)
 
     def _record_failed_disk(self, disk: Disk, error: StratocacheError) -> None:
         connection = self._db.connection
@@ -104,23 +155,46 @@ class DiskReconciliation:
         else:
             connection.execute("DELETE FROM disks WHERE uuid = ?", (disk.uuid,))
 
+    def end_quarantine(self) -> None:
+        """Give up disks whose time in quarantine is over. Blocks."""
+        period = timedelta(seconds=self._configuration.quarantine.period_s)
+        for row in self._db.rows(_QUARANTINE_OVER, timestamp(datetime.now(UTC) - period)):
+            with self._db.transaction() as connection:
+                given_up = connection.execute(
+                    "UPDATE disks SET state = 'deleting' "
+                    "WHERE uuid = ? AND state = 'available' AND quarantined_at IS NOT NULL",
+                    (row["uuid"],),
+                )
+                if given_up.rowcount:
+                    stop_work(connection, row["uuid"])
+                    record_event(
+                        connection, "disk.quarantine-over", row["uuid"],
+                        f"Disk {row['uuid']} was not restored in time and is deleted.",
+                    )  # fmt: skip
+
     async def delete(self) -> None:
         """Remove the files and rows of disks that nobody has attached any more."""
-        rows = self._db.rows(
-            "SELECT uuid, number FROM disks WHERE state = 'deleting' AND NOT EXISTS "
-            "(SELECT 1 FROM attachments WHERE disk_uuid = disks.uuid)"
-        )
-        for row in rows:
-            uuid = row["uuid"]
-            self._blocks.forget_disk(row["number"])
+        for row in self._db.rows(_DELETABLE):
+            disk = records.disk_from(row)
+            await self._work.interrupt(disk.uuid)
+            self._blocks.forget_disk(disk.number)
             try:
-                await trio.to_thread.run_sync(self._disks.delete, uuid)
+                await trio.to_thread.run_sync(self._disks.delete, disk.uuid)
             except OSError:
-                log.exception("deleting disk %s failed; it is tried again", uuid)
+                log.exception("deleting disk %s failed; it is tried again", disk.uuid)
                 continue
-            await trio.to_thread.run_sync(self._record_deleted_disk, uuid)
+            await trio.to_thread.run_sync(self._record_deleted_disk, disk)
 
-    def _record_deleted_disk(self, uuid: str) -> None:
+    def _record_deleted_disk(self, disk: Disk) -> None:
+        gone = Cancelled("disk-deleted", f"Disk {disk.uuid} has been deleted.")
+        snapshots = [item.id for item in inventory.snapshots(self._db, disk.uuid)]
         with self._db.transaction() as connection:
-            connection.execute("DELETE FROM disks WHERE uuid = ?", (uuid,))
-            finish(connection, "delete-disk", uuid, {})
+            for snapshot_id in snapshots:
+                fail(connection, "snapshot", snapshot_id, gone)
+                finish(connection, "delete-snapshot", snapshot_id, {})
+            for kind in ("rollback", "resize"):
+                fail(connection, kind, disk.uuid, gone)
+            connection.execute("DELETE FROM snapshots WHERE disk_uuid = ?", (disk.uuid,))
+            connection.execute("DELETE FROM disks WHERE uuid = ?", (disk.uuid,))
+            finish(connection, "delete-disk", disk.uuid, {})
+        self._manifests.collect(disk.base_manifest, *snapshots)

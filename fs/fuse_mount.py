@@ -34,7 +34,10 @@ _HEADER_BYTES = 40
 _INIT_FLAGS = struct.Struct("<IIIII")  # struct fuse_init_in: major, minor, readahead, flags, flags2
 _INIT_EXT = 1 << 30
 _HAS_RESEND = 1 << (39 - 32)  # in flags2
-_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)  # struct fuse_out_header with the code as error
+_OUT_HEADER = struct.Struct("<IiQ")  # struct fuse_out_header: len, error, unique
+_NOTIFY_RESEND = _OUT_HEADER.pack(16, 7, 0)  # the code stands in the place of the error
+_UNIQUE = struct.Struct("<Q")  # in struct fuse_in_header, behind len and opcode
+_INTERRUPT_BIT = 1  # in `unique`: FUSE_INT_REQ_BIT of the kernel's fs/fuse/fuse_dev_i.h
 
 
 class FuseMount:
@@ -69,6 +72,7 @@ class FuseMount:
             file.write(request)
         partial.rename(self._init_file)
         self.can_resend = _can_resend(request)
+        (self._init_unique,) = _UNIQUE.unpack_from(request, _HEADER.size)
 
     @property
     def connected(self) -> bool:
@@ -80,9 +84,21 @@ class FuseMount:
     def resend(self) -> None:
         """Queue again what a dead process had read and not answered (Linux 6.9).
 
+        Not before FUSE_INIT has been answered: nothing else can have been asked then, and libfuse
+        answers a second FUSE_INIT with an error, after which the kernel refuses every request.
         Raises `OSError` when the kernel cannot or the connection is gone.
         """
-        os.write(self.descriptor, _NOTIFY_RESEND)
+        if self._init_answered():
+            os.write(self.descriptor, _NOTIFY_RESEND)
+
+    def _init_answered(self) -> bool:
+        """Ask the kernel by an answer to an interrupt of FUSE_INIT, which changes nothing."""
+        answer = _OUT_HEADER.pack(_OUT_HEADER.size, 0, self._init_unique | _INTERRUPT_BIT)
+        try:
+            os.write(self.descriptor, answer)
+        except FileNotFoundError:  # it waits for no answer
+            return True
+        return False
 
     def unmount(self) -> None:
         """Abort the connection, so that nobody waits on it any more, and take the mount away."""

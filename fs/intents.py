@@ -3,7 +3,8 @@
 Each function is one transaction that checks every rule and either records the whole intent or
 raises and records nothing. The caller pokes `blockd` afterwards; `blockd` makes it so
 (`stratocache.fs.reconciler`, `stratocache.fs.operations`). Limits on single values are checked at
-the edge, in `stratocache.api.models`.
+the edge, in `stratocache.api.models`. What is asked of disks and snapshots is in
+`stratocache.fs.disk_intents` and `stratocache.fs.snapshot_intents`.
 """
 
 import json
@@ -13,18 +14,16 @@ import uuid as uuid_module
 from dataclasses import asdict
 from typing import Any
 
-from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
-from stratocache.fs import inventory, records
+from stratocache.cache.errors import Conflict, NotFound, Refused
+from stratocache.fs import content_hold, inventory, records
 from stratocache.fs.records import (
     Access,
     Attachment,
     Caller,
     Disk,
-    DiskRequest,
     Image,
     LaunchRequest,
     Operation,
-    Visibility,
 )
 from stratocache.fs.state import Database, now, record_event
 
@@ -32,11 +31,14 @@ _CHAP_SECRET_BYTES = (
     12  # 16 characters: the longest that every initiator accepts (RFC 7143, 12.1.3)
 )
 
+CANCELLABLE = frozenset({"fetch", "launch", "create-disk", "hydrate", "import-disk", "save"})
+"""Kinds of operations that can be asked to stop."""
+
 
 def request_fetch(db: Database, caller: Caller, reference: str, *, pin: bool = False) -> Operation:
     """Ask for an image to be in the cache, for good when `pin` is set (administrators only)."""
     if pin:
-        _require_administrator(caller)
+        require_administrator(caller)
     with db.transaction() as connection:
         return add_operation(
             connection, caller, "fetch", reference, {"reference": reference, "pin": pin}
@@ -48,7 +50,7 @@ def request_image_deletion(db: Database, caller: Caller, image_id: str) -> Opera
 
     Raises `Conflict` (`image-in-use`, `image-pinned`, `image-busy`) and `NotFound`.
     """
-    _require_administrator(caller)
+    require_administrator(caller)
     with db.transaction() as connection:
         image = inventory.image(db, image_id)
         if image.state == "fetching":
@@ -61,7 +63,7 @@ def request_image_deletion(db: Database, caller: Caller, image_id: str) -> Opera
 
 
 def _refuse_used_image(db: Database, image_id: str) -> None:
-    clone = db.row("SELECT uuid FROM disks WHERE base_image = ? AND form IS NOT 'raw'", image_id)
+    clone = db.row("SELECT uuid FROM disks WHERE base_manifest = ?", image_id)
     if clone is not None:
         raise Conflict("image-in-use", f"Image {image_id} is the base of disk {clone['uuid']}.")
     held = db.row("SELECT instance FROM attachments WHERE image_id = ?", image_id)
@@ -71,65 +73,11 @@ def _refuse_used_image(db: Database, image_id: str) -> None:
 
 def set_pin(db: Database, caller: Caller, image_id: str, pinned: bool) -> Image:
     """Pin or unpin an image; doing so twice is no error."""
-    _require_administrator(caller)
+    require_administrator(caller)
     with db.transaction() as connection:
         inventory.image(db, image_id)
         connection.execute("UPDATE images SET pinned = ? WHERE id = ?", (pinned, image_id))
     return inventory.image(db, image_id)
-
-
-def create_disk(db: Database, caller: Caller, request: DiskRequest) -> Operation:
-    """Ask for a disk; the operation's subject is its UUID.
-
-    Raises `InvalidInput` (`size-missing`) for a blank disk without a size.
-    """
-    if request.reference is None and request.size_bytes is None:
-        raise InvalidInput(
-            "size-missing", "Give a size, or a reference to clone.", field="size_bytes"
-        )
-    uuid = str(uuid_module.uuid4())
-    with db.transaction() as connection:
-        if request.reference is None:
-            insert_disk(connection, caller.name, uuid, request)
-        return add_operation(connection, caller, "create-disk", uuid, asdict(request))
-
-
-def update_disk(
-    db: Database,
-    caller: Caller,
-    uuid: str,
-    *,
-    tag: str | None = None,
-    visibility: Visibility | None = None,
-    owner: str | None = None,
-) -> Disk:
-    """Change what is written about a disk; None leaves a field as it is."""
-    with db.transaction() as connection:
-        disk = _own_disk(db, caller, uuid)
-        if owner is not None and owner != disk.owner:
-            _require_administrator(caller)
-        connection.execute(
-            "UPDATE disks SET tag = coalesce(?, tag), visibility = coalesce(?, visibility), "
-            "owner = coalesce(?, owner) WHERE uuid = ?",
-            (tag, visibility, owner, uuid),
-        )
-    return inventory.disk(db, Caller(caller.name, True), uuid)
-
-
-def delete_disk(db: Database, caller: Caller, uuid: str) -> Operation:
-    """Ask for a disk to be deleted; raises `Conflict` (`disk-attached`, `disk-busy`)."""
-    with db.transaction() as connection:
-        disk = _own_disk(db, caller, uuid)
-        if disk.state == "creating":
-            raise Conflict("disk-busy", f"Disk {uuid} is being created; wait or cancel that.")
-        holder = db.row("SELECT instance FROM attachments WHERE disk_uuid = ?", uuid)
-        if holder is not None:
-            raise Conflict(
-                "disk-attached",
-                f"Disk {uuid} is attached to {holder['instance']}; detach it first.",
-            )
-        connection.execute("UPDATE disks SET state = 'deleting' WHERE uuid = ?", (uuid,))
-        return add_operation(connection, caller, "delete-disk", uuid, {})
 
 
 def attach(
@@ -169,6 +117,7 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
     """Raise unless the caller may attach the disk in this way now."""
     if disk.state != "available":
         raise Conflict("disk-busy", f"Disk {disk.uuid} is {disk.state}; try again when it is not.")
+    refuse_busy(db, disk.uuid, "rollback")
     if access == "rw":
         if not (caller.administrator or caller.name == disk.owner):
             raise Refused("disk-not-yours", f"Disk {disk.uuid} may only be attached read-only.")
@@ -176,12 +125,28 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
             raise Refused(
                 "disk-readonly", f"Disk {disk.uuid} is read-only; attach it with access ro."
             )
+        if disk.quarantined_at is not None:
+            raise Conflict(
+                "disk-quarantined",
+                f"Disk {disk.uuid} is in quarantine; restore it, or attach it with access ro.",
+            )
     for other in inventory.attachments(db, disk_uuid=disk.uuid):
         if "rw" in (access, other.access):
             raise Conflict(
                 "disk-attached",
                 f"Disk {disk.uuid} is attached to {other.instance} ({other.access}); detach it first.",
             )
+    content_hold.require_unheld(db, disk.uuid, for_reading=access == "ro")
+
+
+def refuse_busy(db: Database, uuid: str, *kinds: str) -> None:
+    """Raise `Conflict` (`disk-busy`) while an operation of one of these kinds is open on a disk."""
+    for operation in inventory.open_operations(db, uuid, *kinds):
+        raise Conflict(
+            "disk-busy",
+            f"Operation {operation.id} ({operation.kind}) is under way on disk {uuid}; "
+            "wait for its end.",
+        )
 
 
 def detach(db: Database, caller: Caller, attachment_id: str) -> Operation:
@@ -191,9 +156,9 @@ def detach(db: Database, caller: Caller, attachment_id: str) -> Operation:
         if not caller.administrator and attachment.owner != caller.name:
             raise NotFound("attachment-unknown", f"No attachment {attachment_id}.")
         if attachment.state == "removing":
-            under_way = _open_operation(db, "detach", attachment_id)
-            if under_way is not None:
-                return under_way
+            under_way = inventory.open_operations(db, attachment_id, "detach")
+            if under_way:
+                return under_way[0]
         remove_attachment(connection, attachment)
         return add_operation(connection, caller, "detach", attachment_id, {})
 
@@ -230,8 +195,11 @@ def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Oper
         return operation
 
 
-def halt(db: Database, caller: Caller, instance: str) -> Operation:
-    """Ask for an instance's attachments to end and its volatile disks to be deleted."""
+def halt(db: Database, caller: Caller, instance: str, *, failed: bool = False) -> Operation:
+    """Ask for an instance's attachments to end, and its volatile disks to be deleted.
+
+    Those of an instance that has `failed` go to quarantine instead.
+    """
     with db.transaction() as connection:
         launch = inventory.launch(db, instance)
         started = inventory.operation(db, launch.operation_id)
@@ -243,26 +211,55 @@ def halt(db: Database, caller: Caller, instance: str) -> Operation:
                 f"Instance {instance} is being launched; cancel operation {launch.operation_id}.",
             )
         if launch.state == "ending":
-            under_way = _open_operation(db, "halt", instance)
-            if under_way is not None:
-                return under_way
-        end_launch(connection, db, instance)
-        return add_operation(connection, caller, "halt", instance, {})
+            under_way = inventory.open_operations(db, instance, "halt")
+            if under_way:
+                return under_way[0]
+        end_launch(connection, db, instance, failed=failed)
+        return add_operation(connection, caller, "halt", instance, {"failed": failed})
 
 
-def end_launch(connection: sqlite3.Connection, db: Database, instance: str) -> None:
+def end_launch(
+    connection: sqlite3.Connection, db: Database, instance: str, *, failed: bool = False
+) -> None:
     """Mark all of a launch for removal, within the caller's transaction."""
     connection.execute("UPDATE launches SET state = 'ending' WHERE instance = ?", (instance,))
     for attachment in inventory.attachments(db, instance=instance):
+        if failed:
+            _quarantine(connection, attachment)
         remove_attachment(connection, attachment)
 
 
+def _quarantine(connection: sqlite3.Connection, attachment: Attachment) -> None:
+    kept = connection.execute(
+        "UPDATE disks SET quarantined_at = ? WHERE uuid = ? AND volatile = 1 "
+        "AND state = 'available' AND quarantined_at IS NULL",
+        (now(), attachment.disk_uuid),
+    )
+    if kept.rowcount:
+        record_event(
+            connection, "disk.quarantined", attachment.disk_uuid or "",
+            f"Disk {attachment.disk_uuid} is kept: instance {attachment.instance} has failed.",
+        )  # fmt: skip
+
+
 def remove_attachment(connection: sqlite3.Connection, attachment: Attachment) -> None:
-    """Mark an attachment for removal; a volatile disk goes with it."""
+    """Mark an attachment for removal; a volatile disk goes with it, unless it is in quarantine."""
     connection.execute("UPDATE attachments SET state = 'removing' WHERE id = ?", (attachment.id,))
-    connection.execute(
-        "UPDATE disks SET state = 'deleting' WHERE uuid = ? AND volatile = 1",
+    going = connection.execute(
+        "UPDATE disks SET state = 'deleting' "
+        "WHERE uuid = ? AND volatile = 1 AND quarantined_at IS NULL",
         (attachment.disk_uuid,),
+    )
+    if going.rowcount and attachment.disk_uuid is not None:
+        stop_work(connection, attachment.disk_uuid)
+
+
+def stop_work(connection: sqlite3.Connection, uuid: str) -> None:
+    """Cancel long work on a disk that is about to go, within the caller's transaction."""
+    connection.execute(
+        "UPDATE operations SET cancel_requested = 1, updated_at = ? WHERE subject = ? "
+        "AND kind IN ('hydrate', 'save') AND state IN ('pending', 'running')",
+        (now(), uuid),
     )
 
 
@@ -274,29 +271,13 @@ def request_cancel(db: Database, caller: Caller, operation_id: str) -> Operation
             raise NotFound("operation-unknown", f"No operation {operation_id}.")
         if operation.finished:
             return operation
-        if operation.kind not in ("fetch", "launch", "create-disk"):
+        if operation.kind not in CANCELLABLE:
             raise Conflict("operation-not-cancellable", f"A {operation.kind} cannot be cancelled.")
         connection.execute(
             "UPDATE operations SET cancel_requested = 1, updated_at = ? WHERE id = ?",
             (now(), operation_id),
         )
     return inventory.operation(db, operation_id)
-
-
-def insert_disk(
-    connection: sqlite3.Connection,
-    owner: str,
-    uuid: str,
-    request: DiskRequest,
-    base_image: str | None = None,
-) -> None:
-    """Insert a disk to be created, within the caller's transaction; the size must be known."""
-    connection.execute(
-        "INSERT INTO disks (uuid, state, size_bytes, base_image, owner, tag, visibility, kind, "
-        "volatile, created_at) VALUES (?, 'creating', ?, ?, ?, ?, ?, ?, ?, ?)",
-        (uuid, request.size_bytes, base_image, owner, request.tag, request.visibility,
-         request.kind, request.volatile, now()),
-    )  # fmt: skip
 
 
 def insert_attachment(
@@ -347,20 +328,15 @@ def add_operation(
     return records.operation_from(row)
 
 
-def _open_operation(db: Database, kind: str, subject: str) -> Operation | None:
-    for operation in inventory.operations(db, subject=subject):
-        if operation.kind == kind and not operation.finished:
-            return operation
-    return None
-
-
-def _own_disk(db: Database, caller: Caller, uuid: str) -> Disk:
+def own_disk(db: Database, caller: Caller, uuid: str) -> Disk:
+    """Return a disk that the caller may change; raises `Refused` (`disk-not-yours`), `NotFound`."""
     disk = inventory.disk(db, caller, uuid)
     if not (caller.administrator or disk.owner == caller.name):
         raise Refused("disk-not-yours", f"Disk {uuid} belongs to {disk.owner}.")
     return disk
 
 
-def _require_administrator(caller: Caller) -> None:
+def require_administrator(caller: Caller) -> None:
+    """Raise `Refused` (`administrator-only`) for an ordinary user."""
     if not caller.administrator:
         raise Refused("administrator-only", "Only administrators may do this.")

@@ -4,7 +4,15 @@ import time
 
 from stratocache.cache.errors import NotFound
 from stratocache.fs import records
-from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation
+from stratocache.fs.records import (
+    Attachment,
+    Caller,
+    Disk,
+    Image,
+    Launch,
+    Operation,
+    Snapshot,
+)
 from stratocache.fs.state import Database
 
 _FIRST_POLL_S = 0.001
@@ -49,11 +57,57 @@ def find_disk(db: Database, uuid: str) -> Disk | None:
 def disk(db: Database, caller: Caller, uuid: str) -> Disk:
     """Return a disk; one that the caller may not see does not exist (`NotFound`, `disk-unknown`)."""
     found = find_disk(db, uuid)
-    if found is None or not (
-        caller.administrator or found.owner == caller.name or found.visibility == "public"
-    ):
+    if found is None or not may_see(caller, found):
         raise NotFound("disk-unknown", f"No disk {uuid}; `stratocache disk ls` lists yours.")
     return found
+
+
+def may_see(caller: Caller, disk: Disk) -> bool:
+    """Tell whether a disk exists for the caller: own, public, or any for an administrator."""
+    return caller.administrator or disk.owner == caller.name or disk.visibility == "public"
+
+
+def snapshots(db: Database, disk_uuid: str) -> list[Snapshot]:
+    """Return the snapshots of a disk in any state, oldest first."""
+    rows = db.rows("SELECT * FROM snapshots WHERE disk_uuid = ? ORDER BY number", disk_uuid)
+    return [records.snapshot_from(row) for row in rows]
+
+
+def find_snapshot(db: Database, snapshot_id: str) -> Snapshot | None:
+    """Return a snapshot in any state, or None."""
+    row = db.row("SELECT * FROM snapshots WHERE id = ?", snapshot_id)
+    return records.snapshot_from(row) if row else None
+
+
+def snapshot(
+    db: Database, caller: Caller, snapshot_id: str, *, disk_uuid: str | None = None
+) -> Snapshot:
+    """Return a snapshot of a disk that the caller may see (`NotFound`, `snapshot-unknown`).
+
+    With `disk_uuid` it must be that disk's, and a disk that is unknown is `disk-unknown`.
+    """
+    if disk_uuid is not None:
+        disk(db, caller, disk_uuid)
+    found = find_snapshot(db, snapshot_id)
+    if found is not None and disk_uuid in (None, found.disk_uuid):
+        parent = find_disk(db, found.disk_uuid)
+        if parent is not None and may_see(caller, parent):
+            return found
+    raise NotFound(
+        "snapshot-unknown", f"No snapshot {snapshot_id}; `stratocache disk snapshots` lists them."
+    )
+
+
+def open_operations(db: Database, subject: str, *kinds: str) -> list[Operation]:
+    """Return the operations on a subject that have not ended, oldest first, of these kinds."""
+    marks = ", ".join("?" * len(kinds))
+    rows = db.rows(
+        "SELECT * FROM operations WHERE subject = ? AND state IN ('pending', 'running') "
+        f"AND kind IN ({marks}) ORDER BY created_at, id",
+        subject,
+        *kinds,
+    )
+    return [records.operation_from(row) for row in rows]
 
 
 def attachments(

@@ -8,9 +8,9 @@ has recorded the rows it wants; the reconciler makes these real and ends the ope
 import json
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -21,30 +21,43 @@ from stratocache.cache.errors import (
     InvalidInput,
     StratocacheError,
 )
-from stratocache.fs import intents, inventory, records
-from stratocache.fs.acquisition import Acquisition
+from stratocache.fs import disk_intents, intents, inventory, records
+from stratocache.fs.acquisition import Acquisition, Report
 from stratocache.fs.records import Caller, DiskRequest, Image, LaunchRequest, Operation
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 _PROGRESS_INTERVAL_S = 0.5
 
-# Operations that still need a task: a fetch until it ends, the others until their rows are there.
+# Operations that still need a task: some until they end, the others until their rows are there.
 _NEEDING_A_TASK = """
     SELECT * FROM operations WHERE state IN ('pending', 'running') AND (
-        kind = 'fetch'
+        kind IN (SELECT value FROM json_each(?))
         OR kind = 'launch' AND EXISTS (
             SELECT 1 FROM launches WHERE operation_id = operations.id AND state = 'preparing'
             AND (cancel_requested OR boot_disk IS NULL))
-        OR kind = 'create-disk' AND NOT EXISTS (
-            SELECT 1 FROM disks WHERE uuid = operations.subject)
+        OR kind = 'create-disk' AND json_extract(request, '$.reference') IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM disks WHERE uuid = operations.subject)
     ) ORDER BY created_at
 """
 
 
+class Performer(Protocol):
+    """What performs the operations of one kind."""
+
+    async def perform(self, operation: Operation, report: Report) -> None:
+        """Do all of an operation and end its row, or raise; the process may have died within it
+        before."""
+
+
 class Operations:
-    """Keeps one task per open operation in `nursery`; `wake` tells the reconciler to look."""
+    """Keeps one task per open operation in `nursery`; `wake` tells the reconciler to look.
+
+    `performers` has what performs kinds that this module does not know, by kind.
+    """
 
     def __init__(
         self,
@@ -52,8 +65,11 @@ class Operations:
         acquisition: Acquisition,
         nursery: trio.Nursery,
         wake: Callable[[], None],
+        performers: Mapping[str, Performer] | None = None,
     ) -> None:
         self._db = db
+        self._performers = dict(performers or {})
+        self._kinds = json.dumps(["fetch", *self._performers])
         self._acquisition = acquisition
         self._nursery = nursery
         self._wake = wake
@@ -61,7 +77,7 @@ class Operations:
 
     def look(self) -> None:
         """Start tasks for operations that need one, cancel those that are to stop."""
-        for row in self._db.rows(_NEEDING_A_TASK):
+        for row in self._db.rows(_NEEDING_A_TASK, self._kinds):
             operation = records.operation_from(row)
             scope = self._tasks.get(operation.id)
             if scope is None:
@@ -91,7 +107,10 @@ class Operations:
         self._wake()
 
     async def _perform(self, operation: Operation) -> None:
-        if operation.kind == "fetch":
+        performer = self._performers.get(operation.kind)
+        if performer is not None:
+            await self._reporting(operation, lambda report: performer.perform(operation, report))
+        elif operation.kind == "fetch":
             await self._fetch(operation)
         elif operation.kind == "launch":
             await self._launch(operation)
@@ -127,7 +146,10 @@ class Operations:
         def record() -> None:
             with self._db.transaction() as connection:
                 sized = replace(request, size_bytes=_clone_size_bytes(image, request.size_bytes))
-                intents.insert_disk(connection, operation.owner, operation.subject, sized, image.id)
+                disk_intents.insert_disk(
+                    connection, operation.owner, operation.subject, sized,
+                    base_image=image.id, base_manifest=image.id,
+                )  # fmt: skip
                 _hold(connection, image)
 
         await trio.to_thread.run_sync(record)
@@ -150,7 +172,9 @@ class Operations:
                 kind="machine",
                 volatile=True,
             )
-            intents.insert_disk(connection, operation.owner, uuid, disk, boot.id)
+            disk_intents.insert_disk(
+                connection, operation.owner, uuid, disk, base_image=boot.id, base_manifest=boot.id
+            )
             attach = _attacher(connection, operation.owner, request)
             attach("boot", "rw", disk_uuid=uuid)
             for other in request.disks:
@@ -167,6 +191,12 @@ class Operations:
 
     async def _acquire(self, operation: Operation, reference: str) -> Image:
         """Acquire an image while its progress is written to the operation's row."""
+        return await self._reporting(
+            operation, lambda report: self._acquisition.acquire(reference, report)
+        )
+
+    async def _reporting(self, operation: Operation, work: Callable[[Report], Awaitable[_T]]) -> _T:
+        """Do some work while its progress is written to the operation's row."""
         latest: tuple[int, int | None] = (0, None)
 
         def report(done_bytes: int, total_bytes: int | None) -> None:
@@ -177,13 +207,13 @@ class Operations:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write_progress, operation.id, lambda: latest)
             try:
-                image = await self._acquisition.acquire(reference, report)
+                result = await work(report)
             except Exception as error:  # noqa: BLE001 -- raised below, outside the nursery
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
-        return image
+        return result
 
     async def _write_progress(
         self, operation_id: str, latest: Callable[[], tuple[int, int | None]]

@@ -1,212 +1,82 @@
 """An overlay disk: the blocks that were written, over an image that is never written.
 
-Format, invariants, concurrency and recovery are in OVERLAY.md. One task at a time runs between two
-awaits: the argument there depends on it, so adding an await to a `_nowait` path breaks the engine.
+Format, invariants, concurrency and recovery are in OVERLAY.md and CRASH.md. Here are flushes and the
+changes of the layers; `blockio.py` has reads and writes.
 """
 
 import errno
-import logging
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
 
 import trio
 
-from stratocache.cache.errors import NotVerified
-from stratocache.fs import bitmap
-from stratocache.fs.bitmap import BLOCK_BYTES, BLOCK_SHIFT, Bitmap
-from stratocache.fs.storage import FILES, BlockFile, Buffer, Storage
+from stratocache.cache.chunks import CHUNK_BYTES
+from stratocache.cache.errors import Conflict, NotFound, NotVerified
+from stratocache.fs.base import Base, BlockSource
+from stratocache.fs.bitmap import BLOCK_BYTES, BLOCK_SHIFT
+from stratocache.fs.blockio import LayeredBlocks
+from stratocache.fs.filling import filler_of
+from stratocache.fs.layers import RAW, DiskFiles, Layout
+from stratocache.fs.stack import FrozenLayer, Layer, RawLayer, runs
+from stratocache.fs.waiting import SpaceWait
 
-log = logging.getLogger(__name__)
-
-_IN_BLOCK = BLOCK_BYTES - 1
-
-
-class BlockSource(Protocol):
-    """Bytes that never change: the base of an overlay."""
-
-    @property
-    def size_bytes(self) -> int:
-        """The length; a disk may be larger, and reads zeros behind it."""
-
-    def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
-        """Return exactly `size` bytes if that never blocks, else None."""
-
-    async def read(self, offset: int, size: int) -> bytes | bytearray:
-        """Return exactly `size` bytes."""
+__all__ = ["BlockSource", "FrozenLayer", "Overlay"]
 
 
-class Overlay:
+class Overlay(LayeredBlocks):
     """One open overlay disk; its methods belong to one trio loop.
 
     Opening blocks and raises `NotVerified` (`overlay-damaged`), `Internal` (`overlay-too-new`),
-    `Conflict` (`disk-in-use`) and `OSError`.
+    `Conflict` (`disk-in-use`), `NotFound` (`disk-unknown`), `OSError` and what `base_reader_of`
+    raises; that is called with the name of the base, if there is one. On a full file system `write`
+    waits up to `write_wait_s`; `on_full` is called when a disk begins to wait.
     """
 
     def __init__(
         self,
-        directory: Path,
-        live_path: Path,
-        size_bytes: int,
-        base: BlockSource,
-        storage: Storage = FILES,
+        files: DiskFiles,
+        base_reader_of: Callable[[str], BlockSource],
+        *,
+        write_wait_s: float = 0.0,
+        on_full: Callable[[], None] = lambda: None,
     ) -> None:
-        self.size_bytes = size_bytes
-        self._base = base
-        self._base_bytes = min(base.size_bytes, size_bytes)
-        path = directory / "bitmap"
-        self._durable = storage.open_file(path, exclusive=True)
+        layout = files.layout()
+        if layout is None:
+            raise NotFound("disk-unknown", f"There is no overlay disk in {files.directory}.")
+        self._files = files
+        self._layout = layout
+        self._changing = trio.Lock()  # taken by flushes and by every change of the layers
+        self._spare: Layer | None = None
+        top = Layer(files, layout.top, layout.size_bytes)
         try:
-            self._bitmap = Bitmap.load(self._durable, path, live_path, size_bytes, storage)
-            try:
-                self._data = _open_data(directory / "data", size_bytes, storage)
-            except BaseException:
-                self._bitmap.close()
-                raise
+            if files.layout() != layout:
+                raise Conflict("disk-in-use", f"{files.directory} is changed by another process.")
+            # a process that died may have renamed the layout and not synced that
+            files.storage.sync_directory(files.directory)
+            files.sweep(layout)
+            base = Base(None if layout.base is None else base_reader_of(layout.base))
+            if base.size_bytes > layout.size_bytes:
+                raise NotVerified(
+                    "overlay-damaged", f"{files.directory} is smaller than its base; restore it."
+                )
+            lower = _open_lower(files, layout, base)
         except BaseException:
-            self._durable.close()
+            top.close()
             raise
-        self._bits = self._bitmap.bits
-        self._unsynced = True  # the process before may have written without a flush
-        self._flushing = trio.Lock()
+        space = SpaceWait(files.directory, write_wait_s, on_full)
+        super().__init__(top, lower, layout.size_bytes, space)
 
-    @staticmethod
-    def create(directory: Path, size_bytes: int, storage: Storage = FILES) -> None:
-        """Make the files of an overlay that has no block yet, durably, in an empty directory."""
-        header = bitmap.new_header(size_bytes)
-        storage.create_file(directory / "data", size_bytes, b"", reserve=False)
-        length = bitmap.file_bytes(size_bytes)
-        storage.create_file(directory / "bitmap", length, header, reserve=True)
-        storage.sync_directory(directory)
+    @property
+    def frozen(self) -> FrozenLayer | None:
+        """The layer that a snapshot is made of, until `rebase`."""
+        return self._lower.frozen
 
-    def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
-        """Return up to `size` bytes, fewer only at the disk's end, or None if that would wait."""
-        if offset + size > self.size_bytes:
-            size = max(0, self.size_bytes - offset)
-        if size == 0:
-            return b""
-        first = offset >> BLOCK_SHIFT
-        count = (offset + size - 1 >> BLOCK_SHIFT) - first + 1
-        if count == 1:
-            if self._bits[first >> 3] >> (first & 7) & 1:
-                return self._data.pread_cached(size, offset)
-            return self._base_nowait(offset, size)
-        present = self._bitmap.run(first, count)
-        if present == 0:
-            return self._base_nowait(offset, size)
-        if present == (1 << count) - 1:
-            return self._data.pread_cached(size, offset)
-        return self._mixed_nowait(offset, size, first, count, present)
+    @property
+    def local_bytes(self) -> int:
+        """How much of the disk does not need what is below its top layer."""
+        return min(self._bitmap.count() << BLOCK_SHIFT, self.size_bytes)
 
-    def _mixed_nowait(
-        self, offset: int, size: int, first: int, count: int, present: int
-    ) -> bytearray | None:
-        found = bytearray(size)
-        for start, end, local in _runs(offset, size, first, count, present):
-            if local:
-                piece = self._data.pread_cached(end - start, start)
-            else:
-                piece = self._base_nowait(start, end - start)
-            if piece is None:
-                return None
-            found[start - offset : end - offset] = piece
-        return found
-
-    def _base_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
-        if offset + size <= self._base_bytes:
-            return self._base.read_nowait(offset, size)
-        if offset >= self._base_bytes:
-            return bytes(size)
-        piece = self._base.read_nowait(offset, self._base_bytes - offset)
-        return None if piece is None else piece.ljust(size, b"\0")
-
-    async def _read_base(self, offset: int, size: int) -> bytes | bytearray:
-        piece = self._base_nowait(offset, size)
-        if piece is None:
-            wanted = min(size, self._base_bytes - offset)
-            piece = (await self._base.read(offset, wanted)).ljust(size, b"\0")
-        return piece
-
-    async def read(self, offset: int, size: int) -> bytes | bytearray:
-        """Return up to `size` bytes, fewer only at the disk's end; raises what the base raises."""
-        answer = self.read_nowait(offset, size)
-        if answer is not None:
-            return answer
-        size = min(size, self.size_bytes - offset)
-        first = offset >> BLOCK_SHIFT
-        count = (offset + size - 1 >> BLOCK_SHIFT) - first + 1
-        found = bytearray(size)
-        local_runs = []
-        present = self._bitmap.run(first, count)
-        for start, end, local in _runs(offset, size, first, count, present):
-            if local:
-                local_runs.append((start, end))
-            else:
-                found[start - offset : end - offset] = await self._read_base(start, end - start)
-        if local_runs:
-            await trio.to_thread.run_sync(self._read_data, found, offset, local_runs)
-        return found
-
-    def _read_data(self, found: bytearray, offset: int, runs: list[tuple[int, int]]) -> None:
-        for start, end in runs:
-            found[start - offset : end - offset] = self._data.pread(end - start, start)
-
-    def write_nowait(self, offset: int, buffer: Buffer) -> bool:
-        """Write all of the buffer and return True, or False, with nothing done, if that would wait.
-
-        Raises `OSError`: ENOSPC past the disk's end or on a full file system, EIO.
-        """
-        return self._write(offset, buffer, {})
-
-    async def write(self, offset: int, buffer: Buffer) -> None:
-        """Write all of the buffer; raises what `write_nowait` and the base raise."""
-        if self._write(offset, buffer, {}):
-            return
-        fetched = {}
-        for block in self._partial_blocks(offset, len(buffer)):
-            start = block << BLOCK_SHIFT
-            size = min(BLOCK_BYTES, self.size_bytes - start)
-            fetched[block] = await self._read_base(start, size)
-        done = self._write(offset, buffer, fetched)
-        assert done, "blocks that were missing have been fetched"
-
-    def _partial_blocks(self, offset: int, size: int) -> list[int]:
-        """Return the blocks that a write covers in part and that are not in the data file."""
-        end = offset + size
-        partial = []
-        if offset & _IN_BLOCK:
-            partial.append(offset >> BLOCK_SHIFT)
-        if end & _IN_BLOCK and end != self.size_bytes and end >> BLOCK_SHIFT not in partial:
-            partial.append(end >> BLOCK_SHIFT)
-        return [block for block in partial if not self._bitmap.has(block)]
-
-    def _write(self, offset: int, buffer: Buffer, fetched: dict[int, bytes | bytearray]) -> bool:
-        """Decide and write in one go, so that no other write comes between; see OVERLAY.md."""
-        size = len(buffer)
-        end = offset + size
-        if end > self.size_bytes:
-            raise OSError(errno.ENOSPC, "write past the end of the disk")
-        if size == 0:
-            return True
-        first = offset >> BLOCK_SHIFT
-        count = (end - 1 >> BLOCK_SHIFT) - first + 1
-        if (offset | end) & _IN_BLOCK:
-            for block in self._partial_blocks(offset, size):
-                start = block << BLOCK_SHIFT
-                whole = fetched.get(block)
-                if whole is None:
-                    whole = self._base_nowait(start, min(BLOCK_BYTES, self.size_bytes - start))
-                if whole is None:
-                    return False
-                # widen the buffer by what the block has before it, and behind it
-                before, behind = whole[: max(0, offset - start)], whole[end - start :]
-                buffer = b"".join((before, buffer, behind))
-                offset -= len(before)
-                end += len(behind)
-        self._unsynced = True
-        self._data.pwrite(buffer, offset)
-        self._bitmap.mark(first, count)
-        return True
+    # Durability.
 
     async def flush(self) -> None:
         """Make every write that returned before the call survive power loss.
@@ -214,36 +84,154 @@ class Overlay:
         Raises `OSError`. After a failed sync of the data file every later flush fails with EIO, in
         any process, until the host boots: the kernel reports a lost write once, a disk must not.
         """
-        async with self._flushing:
-            if self._bitmap.data_failed:
-                raise OSError(errno.EIO, "an earlier flush of this disk failed")
-            if not self._unsynced:
-                return
-            self._unsynced = False
-            pages = self._bitmap.take_unwritten()
-            try:
-                await trio.to_thread.run_sync(self._sync, pages)
-            except BaseException:
-                self._unsynced = True
-                self._bitmap.put_back(pages)
-                raise
+        async with self._changing:
+            await self._flush_layers()
 
-    def _sync(self, pages: dict[int, bytes]) -> None:
-        try:
-            self._data.fdatasync()
-        except OSError as error:
-            self._bitmap.set_data_failed()
-            log.critical("the data of a disk could not be made durable: %s", error)
-            raise
-        if pages:
-            self._bitmap.write(self._durable, pages)
+    async def _flush_layers(self) -> None:
+        if self._lower.frozen is not None:
+            await self._lower.frozen.layer.flush()
+        await self._top.flush()
+
+    # Changes of the layers: first the files, then the layout, then, without an await, our memory.
+
+    async def freeze(self) -> None:
+        """Begin a snapshot: put an empty layer on top; what was written is `frozen` and durable.
+
+        Does nothing while a layer is frozen. Raises `OSError`; then call it again, also in another
+        process, before anything else relies on `frozen`.
+        """
+        async with self._changing:
+            if self._lower.frozen is None:
+                await self._flush_layers()
+                layout = self._layout
+                changed = Layout(
+                    size_bytes=self.size_bytes,
+                    top=layout.next_layer,
+                    frozen=layout.top,
+                    frozen_size_bytes=self.size_bytes,
+                    base=layout.base,
+                )
+                # kept when the layout cannot be written: perhaps it was, and names these files
+                if self._spare is None:
+                    self._spare = await trio.to_thread.run_sync(self._new_layer, changed.top)
+                await trio.to_thread.run_sync(self._files.write_layout, changed)
+                top, self._spare = self._spare, None
+                assert isinstance(self._lower, Base)
+                self._lower = FrozenLayer(self._top, self.size_bytes, self._lower)
+                self._layout = changed
+                self._put_on_top(top)
+                self._epoch += 1
+            # what was written since the first flush is the snapshot's too
+            await self._flush_layers()
+
+    def _new_layer(self, name: str) -> Layer:
+        self._files.remove_layer(name)
+        Layer.create(self._files, name, self.size_bytes)
+        self._files.storage.sync_directory(self._files.directory)
+        return Layer(self._files, name, self.size_bytes)
+
+    async def rebase(self, base: BlockSource, base_name: str) -> None:
+        """End a snapshot: read from `base`, which has the frozen layer's bytes, and remove that.
+
+        `base` must be durable. Does nothing when the disk has that base and nothing is frozen.
+        Raises `Conflict` (`nothing-frozen`) and `OSError`; EIO also when writes of the frozen layer
+        have been lost, which would be forgotten with it.
+        """
+        async with self._changing:
+            frozen = self._lower.frozen
+            if frozen is None:
+                if self._layout.base == base_name:
+                    return
+                raise Conflict("nothing-frozen", "No snapshot of this disk is being made.")
+            if frozen.layer.data_failed:
+                raise OSError(errno.EIO, "an earlier flush of this disk failed")
+            if base.size_bytes != frozen.size_bytes:
+                raise ValueError(
+                    f"{base_name} has {base.size_bytes} bytes, {frozen.size_bytes} not"
+                )
+            changed = Layout(self.size_bytes, self._layout.top, None, None, base_name)
+            await trio.to_thread.run_sync(self._files.write_layout, changed)
+            self._lower = Base(base)
+            self._layout = changed
+            frozen.layer.retire()
+            await trio.to_thread.run_sync(self._files.remove_layer, frozen.layer.name)
+
+    async def grow(self, size_bytes: int) -> None:
+        """Make the disk larger, by zeros, durably; the size it has is no change.
+
+        Raises `ValueError` for less than it has, and `OSError`: then the size is as before, or, in
+        the next process, perhaps the new one.
+        """
+        async with self._changing:
+            if size_bytes < self.size_bytes:
+                raise ValueError(f"a disk of {self.size_bytes} bytes does not shrink")
+            if size_bytes == self.size_bytes:
+                return
+            await self._drop_spare()
+            layout = self._layout
+            changed = Layout(
+                size_bytes, layout.top, layout.frozen, layout.frozen_size_bytes, layout.base
+            )
+            await trio.to_thread.run_sync(self._top.extend, size_bytes)
+            await trio.to_thread.run_sync(self._files.write_layout, changed)
+            self._bitmap.grow(size_bytes)
+            self._bits = self._bitmap.bits
+            self._layout = changed
+            self.size_bytes = size_bytes
+
+    async def _drop_spare(self) -> None:
+        """Go back from a freeze whose layout could not be written: name the old layers again."""
+        if self._spare is not None:
+            await trio.to_thread.run_sync(self._files.write_layout, self._layout)
+            spare, self._spare = self._spare, None
+            spare.retire()
+
+    async def fill(self, progress: Callable[[int], None], *, reflink: bool) -> None:
+        """Bring every block into the top layer and flush; what is there already is not copied.
+
+        `progress` gets the number of bytes done, which falls back when a snapshot is made
+        meanwhile. With `reflink` the extents of chunk files are shared where that works. Can be
+        cancelled and begun again at any time. Raises `OSError`, as `write` does on a full file
+        system, and what the base raises.
+        """
+        index = 0
+        while index * CHUNK_BYTES < self.size_bytes:
+            epoch = self._epoch
+            await self._space.when_there_is(partial(self._fill_chunk, index, reflink))
+            # a snapshot emptied the top layer: from the beginning
+            index = index + 1 if epoch == self._epoch else 0
+            progress(min(index * CHUNK_BYTES, self.size_bytes))
+            await trio.lowlevel.checkpoint()
+        await self.flush()
+
+    async def _fill_chunk(self, index: int, reflink: bool) -> None:
+        start = index * CHUNK_BYTES
+        first = start >> BLOCK_SHIFT
+        while True:
+            epoch, lower = self._epoch, self._lower
+            size = min(CHUNK_BYTES, self.size_bytes - start)
+            count = (size + BLOCK_BYTES - 1) >> BLOCK_SHIFT
+            if self._bitmap.run(first, count) == (1 << count) - 1:
+                return
+            filler = await filler_of(lower, index, size, share=reflink)
+            if epoch == self._epoch and size == min(CHUNK_BYTES, self.size_bytes - start):
+                break
+        # without an await from here, so that no write comes between
+        self._top.unsynced = True
+        present = self._bitmap.run(first, count)
+        for begin, end, local in runs(start, size, first, count, present):
+            if not local:
+                filler(self._data, begin, end)
+                blocks = (end - begin + BLOCK_BYTES - 1) >> BLOCK_SHIFT
+                self._bitmap.mark(begin >> BLOCK_SHIFT, blocks)
 
     def close(self) -> None:
         """Close the files without a flush, as the death of the process would; no call may run."""
-        self._data.close()
-        self._bits.release()
-        self._bitmap.close()
-        self._durable.close()
+        self._top.close()
+        if self._spare is not None:
+            self._spare.close()
+        if self._lower.frozen is not None:
+            self._lower.frozen.layer.close()
 
     async def aclose(self) -> None:
         """Flush and close; the files are closed also when the flush raises."""
@@ -253,25 +241,15 @@ class Overlay:
             self.close()
 
 
-def _open_data(path: Path, size_bytes: int, storage: Storage) -> BlockFile:
-    data = storage.open_file(path, exclusive=False)
-    if data.size() != size_bytes:
-        data.close()
-        raise NotVerified("overlay-damaged", f"{path} is not {size_bytes} bytes; restore the disk.")
-    return data
-
-
-def _runs(
-    offset: int, size: int, first: int, count: int, present: int
-) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, end, local) for each stretch of equal bits, clipped to the request."""
-    done = 0
-    while done < count:
-        local = bool(present & 1)
-        changed = ~present if local else present
-        length = min((changed & -changed).bit_length() - 1 if changed else count, count - done)
-        start = max(offset, first + done << BLOCK_SHIFT)
-        end = min(offset + size, first + done + length << BLOCK_SHIFT)
-        yield start, end, local
-        present >>= length
-        done += length
+def _open_lower(files: DiskFiles, layout: Layout, base: Base) -> Base | FrozenLayer:
+    if layout.frozen is None:
+        return base
+    size_bytes = layout.frozen_size_bytes or 0
+    if base.size_bytes > size_bytes:
+        raise NotVerified(
+            "overlay-damaged", f"{files.directory} is smaller than its base; restore it."
+        )
+    if layout.frozen == RAW:
+        return FrozenLayer(RawLayer(files, size_bytes), size_bytes, base)
+    layer = Layer(files, layout.frozen, size_bytes)
+    return FrozenLayer(layer, size_bytes, base)

@@ -6,19 +6,21 @@ anywhere is repaired by the next pass. Passes never overlap.
 """
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import Conflict, ErrorRecord, NotFound, from_record
+from stratocache.cache.errors import Conflict, ErrorRecord, from_record
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory, records
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.disk_changes import DiskChanges
 from stratocache.fs.disk_reconciliation import DiskReconciliation
+from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.manifests import Manifests
 from stratocache.fs.operations import fail, finish
 from stratocache.fs.partition import mounted_images
 from stratocache.fs.state import Database, record_event
@@ -39,22 +41,35 @@ class Reconciler:
         disks: DiskStore,
         targets: TargetDaemon,
         blocks: Blocks,
+        work: DiskWork,
     ) -> None:
         self._configuration = configuration
         self._db = db
-        self._images = images
         self._blocks = blocks
-        self._disks = DiskReconciliation(configuration, db, images, disks, blocks)
-        self._targets = TargetReconciliation(configuration, db, disks, targets)
+        self.manifests = Manifests(db, images, disks)
+        self.targets = TargetReconciliation(configuration, db, disks, targets)
+        self.exclusive = trio.Lock()
+        """Held during a pass: whoever holds it may exchange the files of disks."""
+        self._disks = DiskReconciliation(
+            configuration, db, images, disks, blocks, self.manifests, work
+        )
+        self._changes = DiskChanges(db, disks, blocks, self.manifests, self.targets, work)
+
+    async def adopt(self) -> None:
+        """At start, before the first pass, look at what a crash may have left of disks' files."""
+        await trio.to_thread.run_sync(self._disks.adopt)
 
     async def reconcile(self) -> bool:
         """Run one pass; return whether something is still to be done."""
-        await self._disks.create()
-        settled = await self._targets.reconcile()
-        await self._disks.delete()
-        await self._delete_images()
-        await trio.to_thread.run_sync(self._settle_launches)
-        return not settled
+        async with self.exclusive:
+            await self._disks.create()
+            settled = await self._changes.apply()
+            settled &= await self.targets.reconcile()
+            await trio.to_thread.run_sync(self._disks.end_quarantine)
+            await self._disks.delete()
+            await self._delete_images()
+            await trio.to_thread.run_sync(self._settle_launches)
+            return not settled
 
     async def _delete_images(self) -> None:
         rows = self._db.rows("SELECT id, number FROM images WHERE state = 'deleting'")
@@ -65,8 +80,7 @@ class Reconciler:
                 continue
             self._blocks.forget_image(row["number"])
             try:
-                with suppress(NotFound):  # removed by a pass that did not live to record it
-                    await trio.to_thread.run_sync(self._images.remove, row["id"])
+                await trio.to_thread.run_sync(self.manifests.remove, row["id"])
             except OSError:
                 log.exception("deleting image %s failed; it is tried again", row["id"])
                 continue
@@ -102,7 +116,9 @@ class Reconciler:
                         (launch.instance,),
                     )
                     finish(connection, "launch", launch.instance, {"instance": launch.instance})
-                gone = not items and inventory.find_disk(self._db, launch.boot_disk or "") is None
+                boot = inventory.find_disk(self._db, launch.boot_disk or "")
+                # one that is there for good is in quarantine, or was
+                gone = not items and (boot is None or boot.state == "available")
                 if launch.state == "ending" and gone:
                     connection.execute(
                         "DELETE FROM launches WHERE instance = ?", (launch.instance,)

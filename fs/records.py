@@ -8,12 +8,17 @@ from typing import Any, Literal, NewType
 from stratocache.cache.entry import Entry
 
 DiskUuid = NewType("DiskUuid", str)
+SnapshotId = NewType("SnapshotId", str)
 ImageId = NewType("ImageId", str)
 
 DiskForm = Literal["overlay", "raw"]
+SnapshotForm = Literal["manifest", "file"]
 Visibility = Literal["private", "public"]
 DiskKind = Literal["machine", "data", "readonly"]
 Access = Literal["rw", "ro"]
+
+SAVED_VALID_DAYS = 178
+"""How long the metadata of a saved disk is valid, from its signing on, unless somebody says else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +31,34 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
-    """A disk that somebody wants: blank of a size, or a clone of a reference (grown to a size)."""
+    """A disk that somebody wants: blank of a size, or a clone of a reference or of a snapshot (an
+    id), grown to the size if one is given."""
 
     size_bytes: int | None = None
     reference: str | None = None
+    snapshot: str | None = None
     tag: str = ""
     visibility: Visibility = "private"
     kind: DiskKind = "data"
     volatile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """A disk that is to become an image, with what its metadata is to say of it."""
+
+    snapshot: str | None = None
+    """None = the disk as it is now."""
+    title: str | None = None
+    comment: str | None = None
+    os: str | None = None
+    os_version: str | None = None
+    os_arch: str | None = None
+    version: str | None = None
+    author: str | None = None
+    publisher: str | None = None
+    kind: str = "machine"
+    valid_days: int = SAVED_VALID_DAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +106,29 @@ class Disk:
     kind: DiskKind
     volatile: bool
     created_at: str
+    base_manifest: str | None = None
+    """Manifest that an overlay needs; None for a raw disk."""
+    base_snapshot: SnapshotId | None = None
+    generation: int = 0
+    """How often what is exported of it has changed."""
+    quarantined_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a disk was at one moment."""
+
+    number: int
+    id: SnapshotId
+    disk_uuid: DiskUuid
+    state: Literal["creating", "absorbing", "available", "deleting"]
+    form: SnapshotForm | None
+    size_bytes: int
+    tag: str
+    transient: bool
+    owner: str
+    created_at: str
+    frozen_at: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +149,8 @@ class Attachment:
     state: Literal["wanted", "ready", "removing"]
     owner: str
     created_at: str
+    generation: int = 0
+    """Of the disk, when the target was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +200,11 @@ def image_from(row: sqlite3.Row) -> Image:
 def disk_from(row: sqlite3.Row) -> Disk:
     """Read a `disks` row."""
     return Disk(**{**dict(row), "volatile": bool(row["volatile"])})
+
+
+def snapshot_from(row: sqlite3.Row) -> Snapshot:
+    """Read a `snapshots` row."""
+    return Snapshot(**{**dict(row), "transient": bool(row["transient"])})
 
 
 def attachment_from(row: sqlite3.Row) -> Attachment:

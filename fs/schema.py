@@ -99,4 +99,71 @@ MIGRATIONS: tuple[str, ...] = (
         message TEXT NOT NULL               -- one sentence for people; never a secret
     ) STRICT;
     """,
+    """
+    CREATE TABLE snapshots (
+        number     INTEGER PRIMARY KEY AUTOINCREMENT,
+        id         TEXT NOT NULL UNIQUE,    -- version 4 UUID; its manifest's or its file's name
+        disk_uuid  TEXT NOT NULL REFERENCES disks (uuid),
+        state      TEXT NOT NULL CHECK (state IN ('creating', 'absorbing', 'available', 'deleting')),
+        form       TEXT CHECK (form IN ('manifest', 'file')), -- NULL until frozen
+        size_bytes INTEGER NOT NULL CHECK (size_bytes > 0), -- of the disk when it was frozen
+        tag        TEXT NOT NULL DEFAULT '', -- as a disk's
+        transient  INTEGER NOT NULL DEFAULT 0 CHECK (transient IN (0, 1)), -- 1 = goes with its save
+        owner      TEXT NOT NULL,
+        created_at TEXT NOT NULL,
+        frozen_at  TEXT                     -- from when on the disk differs from it; NULL before
+    ) STRICT;
+    CREATE INDEX snapshots_by_disk ON snapshots (disk_uuid);
+
+    -- manifest that an overlay reads what it does not have from: an image's or a snapshot's; NULL = none
+    ALTER TABLE disks ADD COLUMN base_manifest TEXT;
+    -- snapshot it was cloned from; NULL = none
+    ALTER TABLE disks ADD COLUMN base_snapshot TEXT;
+    -- how often what is exported of it has changed: its form, its size, all of its content
+    ALTER TABLE disks ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+    -- when it was kept, though volatile, as its instance failed; NULL = it is not in quarantine
+    ALTER TABLE disks ADD COLUMN quarantined_at TEXT;
+    UPDATE disks SET base_manifest = base_image WHERE form IS NOT 'raw';
+    CREATE INDEX disks_by_base_manifest ON disks (base_manifest);
+
+    -- generation of the disk that the target was made of
+    ALTER TABLE attachments ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+
+    -- operations without a list of kinds, so that a new kind needs no migration
+    CREATE TEMP TABLE old_launches AS SELECT * FROM launches;
+    DROP TABLE launches;
+    CREATE TEMP TABLE old_operations AS SELECT * FROM operations;
+    DROP TABLE operations;
+    CREATE TABLE operations (
+        id             TEXT PRIMARY KEY,    -- version 4 UUID
+        kind           TEXT NOT NULL,       -- fetch, launch, create-disk, ...: see fs.operations
+        subject        TEXT NOT NULL,       -- image id, disk uuid, snapshot id, attachment id or instance
+        state          TEXT NOT NULL CHECK (state IN (
+            'pending', 'running', 'done', 'failed', 'cancelled'
+        )),
+        request        TEXT NOT NULL,       -- JSON of what was asked
+        result         TEXT,                -- JSON; NULL until done
+        error          TEXT,                -- JSON error record; NULL unless failed or cancelled
+        progress_bytes INTEGER NOT NULL DEFAULT 0,
+        total_bytes    INTEGER,             -- NULL = not known
+        cancel_requested INTEGER NOT NULL DEFAULT 0 CHECK (cancel_requested IN (0, 1)),
+        owner          TEXT NOT NULL,
+        created_at     TEXT NOT NULL,
+        updated_at     TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX operations_open ON operations (state) WHERE state IN ('pending', 'running');
+    CREATE INDEX operations_by_subject ON operations (subject);
+    INSERT INTO operations SELECT * FROM temp.old_operations;
+    CREATE TABLE launches (
+        instance     TEXT PRIMARY KEY,      -- id of the VM, given by whoever launches it
+        operation_id TEXT NOT NULL UNIQUE REFERENCES operations (id),
+        request      TEXT NOT NULL,         -- JSON of what was asked, to recognise a repetition
+        state        TEXT NOT NULL CHECK (state IN ('preparing', 'active', 'ending')),
+        boot_disk    TEXT,                  -- uuid of the clone; NULL until it is made
+        created_at   TEXT NOT NULL
+    ) STRICT;
+    INSERT INTO launches SELECT * FROM temp.old_launches;
+    DROP TABLE temp.old_operations;
+    DROP TABLE temp.old_launches;
+    """,
 )

@@ -119,7 +119,12 @@ class Database:
 
 def now() -> str:
     """Return the present time as the database stores it: RFC 3339, UTC, microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return timestamp(datetime.now(UTC))
+
+
+def timestamp(moment: datetime) -> str:
+    """Return a time, which must be in UTC, as the database stores it; such texts sort as times."""
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def record_event(connection: sqlite3.Connection, kind: str, subject: str, message: str) -> None:

@@ -9,6 +9,7 @@ and never waits for one child on behalf of another. `SUPERVISOR.md` has the desi
 import argparse
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -24,9 +25,11 @@ from types import FrameType
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs.fuse_mount import FuseMount, unmount_stale
 from stratocache.fs.poke import poke
+from stratocache.fs.pool import Pool
 from stratocache.fs.portal import Portal
 from stratocache.fs.processes import Child, Launch
 from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ READY_LINE = "stratocache: ready"
 
 _POLL_INTERVAL_S = 0.005
 _STOP_TIMEOUT_S = 10.0
-_READY_BYTE = b"R"
+_SPARE_DELAY_S = 0.5  # guests that waited for blockd need the processors first
+_API_DELAY_S = 3.0  # at most, at our own start: nobody's disk waits for the API
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Settings:
 class Supervisor:
     """One appliance. `run` returns when it has been asked to stop and everything is taken down.
 
-    `commands` replaces the program of `blockd` or `api`; arguments are added to it.
+    `commands` replaces the module of `blockd` (with its first arguments) or the program of `api`.
     `resend=False` recovers as on kernels without FUSE_NOTIFY_RESEND.
     """
 
@@ -69,42 +73,51 @@ class Supervisor:
         self._directory = RunDirectory(settings.run_dir)
         self._portal = Portal(settings.address, settings.port)
         self._commands = {
-            "blockd": [python, "-m", "stratocache.fs.blockd"],
+            "blockd": ["stratocache.fs.blockd"],
             "api": [python, "-m", "stratocache.api.server"],
             **(commands or {}),
         }
         self._resend = resend
+        self._pool: Pool | None = None
         self._mount: FuseMount | None = None
         self._stopping = False
         self._announced = False
-        self._blockd_ready = -1
-        """Our end of the pipe on which the present `blockd` says that it serves."""
-        names = ("blockd", "tgtd", "api")
+        names = ("blockd", "tgtd", "api", "spare")
         self._children = {name: Child(name, self._log_file(name)) for name in names}
+        self._children["spare"].due_at = math.inf
+        self._standby = Standby(
+            self._children["blockd"], self._children["spare"], self._commands["blockd"]
+        )
         self._launch: dict[str, Callable[[], None]] = {
             "blockd": self._start_blockd,
+            "spare": self._start_spare,
             "tgtd": self._start_tgtd,
             "api": self._start_api,
         }
 
     def _log_file(self, name: str) -> Path | None:
-        return self._settings.log_dir / f"{name}.log" if self._settings.log_dir else None
+        program = "blockd" if name == "spare" else name
+        return self._settings.log_dir / f"{program}.log" if self._settings.log_dir else None
 
     def run(self) -> None:
         """Supervise until SIGTERM or SIGINT.
 
         Raises `Conflict` when another instance runs or the portal is taken, `InvalidInput` for a
-        directory that cannot be used, `Internal` without FUSE.
+        directory that cannot be used, `Internal` without FUSE, what `Pool.mount` raises.
         """
         settings, directory = self._settings, self._directory
         directory.prepare(settings.state_dir, settings.log_dir)
         with directory.lock(), self._signals() as wakeup:
             try:
+                self._pool = Pool.read(settings.state_dir)
+                if self._pool is not None:
+                    self._pool.mount()
                 unmount_stale(directory.blocks)
                 directory.blocks.mkdir(mode=0o755, exist_ok=True)
                 directory.remove_sockets()
                 self._portal.wait_until_free()
                 self._mount = FuseMount(directory.blocks, directory.init_request)
+                self._children["api"].due_at = time.monotonic() + _API_DELAY_S
                 while not self._stopping:
                     self._start_due()
                     self._wait_for_event(wakeup)
@@ -152,37 +165,31 @@ class Supervisor:
                     child.plan_restart()
 
     def _start_blockd(self) -> None:
+        self._children["spare"].due_at = math.inf
+        self._standby.start_active(*self._blockd_launch())
+
+    def _start_spare(self) -> None:
+        self._standby.start_spare(*self._blockd_launch())
+
+    def _blockd_launch(self) -> tuple[list[str], tuple[int, ...]]:
+        """Return the arguments and the inherited descriptors of a `blockd`."""
         assert self._mount is not None
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        try:
-            self._children["blockd"].start(
-                Launch(
-                    [
-                        *self._commands["blockd"],
-                        *("--config-json", str(self._settings.config_json)),
-                        *("--fuse-fd", str(self._mount.descriptor)),
-                        *("--ready-fd", str(writer)),
-                    ],
-                    descriptors=(self._mount.descriptor, writer),
-                )
-            )
-        except BaseException:
-            os.close(reader)
-            raise
-        finally:
-            os.close(writer)
-        os.set_blocking(reader, False)
-        self._blockd_ready = reader
+        descriptor = self._mount.descriptor
+        config_json = str(self._settings.config_json)
+        return ["--config-json", config_json, "--fuse-fd", str(descriptor)], (descriptor,)
 
     def _start_tgtd(self) -> None:
         if not self._portal.is_free():
             self._children["tgtd"].due_at = time.monotonic() + _POLL_INTERVAL_S
             return
+        assert self._mount is not None
         control = self._directory.tgt_control
         self._children["tgtd"].start(
             Launch(
                 [self._settings.tgtd, "-f", "--iscsi", f"portal={self._portal}"],
                 {"TGT_IPC_SOCKET": os.fspath(control.with_suffix(""))},
+                # it never reads it; but the connection cannot end before it does
+                descriptors=(self._mount.descriptor,),
             )
         )
 
@@ -203,7 +210,8 @@ class Supervisor:
         waits = [child.due_at - now for child in self._children.values() if not child.running]
         if any(child.ready_at is None for child in running):
             waits.append(_POLL_INTERVAL_S)
-        timeout_ms = max(0.0, min(waits)) * 1000 if waits else None
+        wait_s = min(waits, default=math.inf)
+        timeout_ms = None if wait_s == math.inf else max(0.0, wait_s) * 1000
         happened = {descriptor for descriptor, _ in poll.poll(timeout_ms)}
         if wakeup.fileno() in happened:
             with suppress(BlockingIOError):
@@ -213,15 +221,12 @@ class Supervisor:
         for child in running:
             if child.pidfd in happened:
                 self._collect(child)
-            elif child.ready_at is None and self._is_ready(child):
+            elif child.running and child.ready_at is None and self._is_ready(child):
                 self._note_ready(child)
 
     def _is_ready(self, child: Child) -> bool:
-        if child.name == "blockd":
-            try:
-                return os.read(self._blockd_ready, 1) == _READY_BYTE
-            except BlockingIOError:
-                return False
+        if child.name in ("blockd", "spare"):
+            return self._standby.is_ready(child)
         if child.name == "tgtd":
             return _answers(self._directory.tgt_control)
         return _answers(self._directory.api_socket)
@@ -230,8 +235,12 @@ class Supervisor:
         child.mark_ready()
         if child.name == "tgtd":
             poke(self._directory.poke_socket)  # it has no targets yet
+        if child.name == "blockd":
+            self._children["spare"].due_at = time.monotonic() + _SPARE_DELAY_S
+            if not self._announced:
+                self._children["api"].due_at = 0.0
         if not self._announced and all(
-            other.running and other.ready_at is not None for other in self._children.values()
+            other.ready_at is not None for name, other in self._children.items() if name != "spare"
         ):
             self._announced = True
             print(READY_LINE, flush=True)
@@ -241,8 +250,8 @@ class Supervisor:
 
     def _collect(self, child: Child) -> None:
         child.collect()
+        self._standby.forget(child)
         if child.name == "blockd":
-            self._close_ready_pipe()
             self._recover_connection()
 
     def _replace_lost_mount(self) -> None:
@@ -254,11 +263,6 @@ class Supervisor:
             log.error("the FUSE connection was aborted from outside")
             blockd.send(signal.SIGKILL)
             blockd.wait(_STOP_TIMEOUT_S)  # it cannot linger on a connection that is gone
-
-    def _close_ready_pipe(self) -> None:
-        if self._blockd_ready >= 0:
-            os.close(self._blockd_ready)
-            self._blockd_ready = -1
 
     def _recover_connection(self) -> None:
         """Let the next `blockd` continue the connection, or give it a new one."""
@@ -277,7 +281,15 @@ class Supervisor:
         if not tgtd.wait(_STOP_TIMEOUT_S):
             log.error("tgtd does not end; its sessions may see errors")
         unmount_stale(self._directory.blocks)
+        self._drop_spare()
         self._mount = FuseMount(self._directory.blocks, self._directory.init_request)
+
+    def _drop_spare(self) -> None:
+        """End the spare, which has inherited the connection of the time when it was started."""
+        spare = self._children["spare"]
+        spare.stop(signal.SIGKILL, _STOP_TIMEOUT_S)
+        self._standby.forget(spare)
+        spare.due_at = math.inf
 
     # -- after
 
@@ -288,13 +300,16 @@ class Supervisor:
         children = self._children
         children["api"].stop(signal.SIGTERM, _STOP_TIMEOUT_S)
         children["tgtd"].stop(signal.SIGKILL, _STOP_TIMEOUT_S)  # ignores SIGTERM with targets
+        self._drop_spare()
         children["blockd"].stop(signal.SIGTERM, _STOP_TIMEOUT_S)
-        self._close_ready_pipe()
         if self._mount is not None:
             self._mount.unmount()
             self._mount = None
         for child in children.values():  # the abort frees one that waited on the mount
             child.stop(signal.SIGKILL, _STOP_TIMEOUT_S)
+            self._standby.forget(child)
+        if self._pool is not None:
+            self._pool.unmount()
         self._directory.remove_sockets()
 
 

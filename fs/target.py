@@ -39,6 +39,8 @@ class Target:
     chap_secret: str = field(repr=False)
     initiator: str | None = None
     """The only initiator that may log in; None = any that knows the secret."""
+    thin_provisioned: bool = False
+    """Whether the guest may give space back (UNMAP), by holes in the file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Cancelled, StratocacheError, Unreachable
 from stratocache.fs import intents, inventory
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.layers import RAW_DATA
 from stratocache.fs.operations import fail, finish, undo_launch
 from stratocache.fs.records import Attachment
 from stratocache.fs.state import Database
-from stratocache.fs.target import Target, TargetDaemon, iqn_of, serial_of
+from stratocache.fs.target import ActualTarget, Target, TargetDaemon, iqn_of, serial_of
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,16 @@ class TargetReconciliation:
         self._disks = disks
         self._targets = targets
         self._secrets = configuration.run_dir / "secrets"
+
+    async def release(self, disk_uuid: str) -> bool:
+        """Let go of a disk's file: remove its targets, until `reconcile` makes them again.
+
+        Return False when one of them stays for now.
+        """
+        released = True
+        for item in inventory.attachments(self._db, disk_uuid=disk_uuid):
+            released &= await self._remove_target(item.number)
+        return released
 
     async def reconcile(self) -> bool:
         """Make targets agree with attachments; return False when that must be tried again."""
@@ -49,14 +60,13 @@ class TargetReconciliation:
                 ended.append(item)
             else:
                 settled = False
-        made: list[Attachment] = []
+        made: list[tuple[Attachment, int]] = []
         failed: list[tuple[Attachment, StratocacheError]] = []
-        for number, (item, target) in wanted.items():
+        for item, target, generation in wanted.values():
             try:
-                if not (number in actual and actual[number].matches(target)):
-                    await self._targets.create(target)
-                if item.state == "wanted":
-                    made.append(item)
+                await self._make_target(item, target, generation, actual.get(item.number))
+                if item.state == "wanted" or item.generation != generation:
+                    made.append((item, generation))
             except Unreachable as error:
                 log.info("target of attachment %s waits: %s", item.id, error)
                 settled = False
@@ -69,6 +79,16 @@ class TargetReconciliation:
             await trio.to_thread.run_sync(self._record_attachments, ended, made, failed)
         return settled
 
+    async def _make_target(
+        self, item: Attachment, target: Target, generation: int, actual: ActualTarget | None
+    ) -> None:
+        if actual is not None and item.generation == generation and actual.matches(target):
+            return
+        if actual is not None and item.generation != generation:
+            # it may match, and yet have the old file, or the old size of it
+            await self._targets.remove(item.number)
+        await self._targets.create(target)
+
     async def _remove_target(self, number: int) -> bool:
         try:
             await self._targets.remove(number)
@@ -77,36 +97,39 @@ class TargetReconciliation:
             return False
         return True
 
-    def _wanted_targets(self) -> dict[int, tuple[Attachment, Target]]:
-        """Return the targets that should be, by number; their secrets' files are written."""
+    def _wanted_targets(self) -> dict[int, tuple[Attachment, Target, int]]:
+        """Return the targets that should be, by number, with the generation of what they export;
+        their secrets' files are written."""
         wanted = {}
         items = inventory.attachments(self._db)
         self._secrets.mkdir(mode=0o700, exist_ok=True)
         for item in items:
             backing = None if item.state == "removing" else self._backing(item)
             if backing is not None:
-                wanted[item.number] = (item, _target(item, backing))
+                path, generation = backing
+                wanted[item.number] = (item, _target(item, path), generation)
                 _write_secret(self._secrets / item.id, item.chap_secret)
         for name in set(os.listdir(self._secrets)) - {item.id for item in items}:
             (self._secrets / name).unlink(missing_ok=True)
         return wanted
 
-    def _backing(self, item: Attachment) -> Path | None:
-        """Return the file that an attachment exports, or None while there is none."""
+    def _backing(self, item: Attachment) -> tuple[Path, int] | None:
+        """Return the file that an attachment exports and its generation, None while there is none."""
         if item.image_id is not None:
-            return self._configuration.blocks / "images" / item.image_id
+            return self._configuration.blocks / "images" / item.image_id, 0
         disk = inventory.find_disk(self._db, item.disk_uuid or "")
         assert disk is not None  # the attachment's row refers to it
-        if disk.form == "raw":
-            return self._disks.data_path(disk.uuid)
         if disk.form == "overlay":
-            return self._configuration.blocks / "disks" / disk.uuid
+            return self._configuration.blocks / "disks" / disk.uuid, disk.generation
+        # what a crash left may say otherwise than the row, which is then about to be corrected
+        if disk.form == "raw" and self._disks.form(disk.uuid) == "raw":
+            return self._disks.data_path(disk.uuid), disk.generation
         return None
 
     def _record_attachments(
         self,
         ended: list[Attachment],
-        made: list[Attachment],
+        made: list[tuple[Attachment, int]],
         failed: list[tuple[Attachment, StratocacheError]],
     ) -> None:
         for item in ended:
@@ -116,10 +139,11 @@ class TargetReconciliation:
                 connection.execute("DELETE FROM attachments WHERE id = ?", (item.id,))
                 fail(connection, "attach", item.id, Cancelled("detached", "It was detached."))
                 finish(connection, "detach", item.id, {})
-            for item in made:
+            for item, generation in made:
                 connection.execute(
-                    "UPDATE attachments SET state = 'ready' WHERE id = ? AND state = 'wanted'",
-                    (item.id,),
+                    "UPDATE attachments SET generation = ?, "
+                    "state = CASE state WHEN 'wanted' THEN 'ready' ELSE state END WHERE id = ?",
+                    (generation, item.id),
                 )
                 finish(connection, "attach", item.id, {"attachment": item.id})
             for item, error in failed:
@@ -141,6 +165,8 @@ def _target(item: Attachment, backing: Path) -> Target:
         chap_username=item.chap_username,
         chap_secret=item.chap_secret,
         initiator=item.initiator,
+        # a hole in an overlay's file would not be zeros, and FUSE makes none
+        thin_provisioned=backing.name == RAW_DATA,
     )
 
 

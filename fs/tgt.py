@@ -136,7 +136,7 @@ class Tgt:
             Mode.LOGICAL_UNIT, Operation.UPDATE,
             "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
             f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
-            f"readonly={int(target.read_only)},",
+            f"readonly={int(target.read_only)},thin_provisioning={int(target.thin_provisioned)},",
             number=target.number, lun=LUN,
         )  # fmt: skip
         await self._tgtd.request(

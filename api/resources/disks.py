@@ -8,8 +8,11 @@ from stratocache.api import answers, query
 from stratocache.api.models import DiskChange, DiskCreation, read_body
 from stratocache.api.representations import DiskView
 from stratocache.api.service import Service, require_success
-from stratocache.fs import intents, inventory
-from stratocache.fs.records import Attachment, Caller, DiskRequest
+from stratocache.cache.errors import InvalidInput
+from stratocache.fs import disk_intents, inventory
+from stratocache.fs.import_intents import ImportRequest, import_disk
+from stratocache.fs.records import Attachment, Caller, DiskRequest, Operation
+from stratocache.fs.state import Database
 
 
 class DiskCollection:
@@ -45,13 +48,14 @@ class DiskCollection:
         disk_request = DiskRequest(
             size_bytes=wanted.size_bytes,
             reference=wanted.reference,
+            snapshot=wanted.snapshot,
             tag=wanted.tag,
             visibility=wanted.visibility,
             kind=wanted.kind,
             volatile=wanted.volatile,
         )
         operation = self._service.start(
-            intents.create_disk(self._service.db, caller, disk_request), wait_s
+            _create(self._service.db, caller, disk_request, wanted), wait_s
         )
         require_success(operation)
         if not operation.finished:
@@ -73,12 +77,18 @@ class DiskItem:
         answers.show(response, _view(self._service, answers.caller(request), uuid))
 
     def on_patch(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
-        """Change tag, visibility or owner."""
-        query.require_known(request)
+        """Change tag, visibility or owner, and grow: 202 when that takes longer than `?wait=`."""
+        query.require_known(request, "wait")
+        wait_s = query.wait_seconds(request, default=60)
         wanted = read_body(request, DiskChange)
         caller = answers.caller(request)
-        answers.require_match(request, _view(self._service, caller, uuid))
-        changed = intents.update_disk(
+        view = _view(self._service, caller, uuid)
+        answers.require_match(request, view)
+        growth = None
+        if wanted.size_bytes not in (None, view.size_bytes):
+            assert wanted.size_bytes is not None
+            growth = disk_intents.resize_disk(self._service.db, caller, uuid, wanted.size_bytes)
+        disk_intents.update_disk(
             self._service.db,
             caller,
             uuid,
@@ -86,17 +96,72 @@ class DiskItem:
             visibility=wanted.visibility,
             owner=wanted.owner,
         )
-        held = inventory.attachments(self._service.db, disk_uuid=uuid)
-        answers.show(response, DiskView.of(changed, held))
+        if growth is not None:
+            growth = self._service.start(growth, wait_s)
+            require_success(growth)
+            if not growth.finished:
+                answers.accept(response, growth)
+                return
+        # as it is now, also for whom it has just been given away by
+        answers.show(response, _view(self._service, Caller(caller.name, True), uuid))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
-        """Delete a disk that is not attached: 204, or 202 when that takes longer than `?wait=`."""
-        query.require_known(request, "wait")
+        """Delete a disk that is not attached: 204, or 202 when that takes longer than `?wait=`.
+
+        `?snapshots=delete` deletes its snapshots with it.
+        """
+        query.require_known(request, "wait", "snapshots")
+        with_snapshots = query.choice(request, "snapshots", "delete") == "delete"
         wait_s = query.wait_seconds(request, default=60)
         caller = answers.caller(request)
         answers.require_match(request, _view(self._service, caller, uuid))
-        operation = self._service.start(intents.delete_disk(self._service.db, caller, uuid), wait_s)
+        operation = self._service.start(
+            disk_intents.delete_disk(self._service.db, caller, uuid, with_snapshots=with_snapshots),
+            wait_s,
+        )
         answers.finish_removal(response, operation)
+
+
+class DiskHydration:
+    """`/v1/disks/{uuid}/hydrate`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_post(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
+        """Let an overlay become complete: 202 and the operation, which `?wait=` waits for."""
+        query.require_known(request, "wait")
+        wait_s = query.wait_seconds(request, default=0)
+        operation = self._service.start(
+            disk_intents.hydrate_disk(self._service.db, answers.caller(request), uuid), wait_s
+        )
+        require_success(operation)
+        answers.accept(response, operation)
+
+
+class DiskRestoration:
+    """`/v1/disks/{uuid}/restore`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_post(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
+        """Take a disk out of quarantine for good: 200 and the disk."""
+        query.require_known(request)
+        disk = disk_intents.restore_disk(self._service.db, answers.caller(request), uuid)
+        held = inventory.attachments(self._service.db, disk_uuid=uuid)
+        answers.show(response, DiskView.of(disk, held))
+
+
+def _create(db: Database, caller: Caller, disk: DiskRequest, wanted: DiskCreation) -> Operation:
+    facts = {name: getattr(wanted, name) for name in ("format", "compression", "sha256", "sha512")}
+    if wanted.import_url is not None:
+        wanted_file = ImportRequest(wanted.import_url, size_bytes=wanted.size_bytes, **facts)
+        return import_disk(db, caller, disk, wanted_file)
+    for name, value in facts.items():
+        if value is not None:
+            raise InvalidInput("field-unknown", f"{name} goes with import_url only.", field=name)
+    return disk_intents.create_disk(db, caller, disk)
 
 
 def _view(service: Service, caller: Caller, uuid: str) -> DiskView:

@@ -14,6 +14,7 @@ CAPABILITIES = (
     "images",
     "disks",
     "attachments",
+    "snapshots",
     "operations",
     "catalogue:stratuslab",
     "target:tgt",

@@ -76,11 +76,16 @@ class LaunchItem:
         answers.show(response, _view(self._service, caller, launch))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
-        """Halt: detach everything, delete what is volatile; 204, or 202 as with disks."""
-        query.require_known(request, "wait")
+        """Halt: detach everything, delete what is volatile; 204, or 202 as with disks.
+
+        With `?outcome=failed` what is volatile is kept for a while, in quarantine.
+        """
+        query.require_known(request, "wait", "outcome")
         wait_s = query.wait_seconds(request, default=60)
+        failed = query.choice(request, "outcome", "done", "failed") == "failed"
         operation = self._service.start(
-            intents.halt(self._service.db, answers.caller(request), instance), wait_s
+            intents.halt(self._service.db, answers.caller(request), instance, failed=failed),
+            wait_s,
         )
         answers.finish_removal(response, operation)
 

@@ -13,7 +13,7 @@ from support.api_daemon import (
     standing_in,
 )
 
-from stratocache.fs import intents, inventory
+from stratocache.fs import disk_intents, inventory
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -115,7 +115,7 @@ def test_lists_are_paged_and_filtered(api: Api, root: Requests) -> None:
     made = [insert_disk(api.db, tag="odd" if number % 2 else "even") for number in range(7)]
 
     first = root("GET", "/v1/disks", params={"limit": 3}).json
-    perform(api.db, intents.delete_disk(api.db, ROOT, made[2]))
+    perform(api.db, disk_intents.delete_disk(api.db, ROOT, made[2]))
     second = root("GET", "/v1/disks", params={"limit": 3, "after": first["next"]}).json
     third = root("GET", "/v1/disks", params={"limit": 3, "after": second["next"]}).json
 

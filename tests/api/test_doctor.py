@@ -13,6 +13,7 @@ from stratocache.api.command_line import command_line
 from stratocache.api.doctor import Finding, Verdict, clock_finding, examine, kernel_finding
 from stratocache.api.server import listen
 from stratocache.cache.configuration import Configuration, IscsiSettings, SpaceSettings
+from stratocache.fs.pool import Pool
 
 
 @pytest.fixture
@@ -127,6 +128,23 @@ def test_space_is_compared_with_the_reserve(configuration: Configuration) -> Non
 
     assert found(configuration, "space").verdict is not Verdict.FAIL
     assert found(greedy, "space").verdict is Verdict.FAIL
+
+
+def test_pool_is_recommended_where_extents_are_not_shared(
+    configuration: Configuration, tmp_path: Path
+) -> None:
+    """On ext4 a pool is the way to mend; once there is one, mounted or not, all is well."""
+    wanted = found(configuration, "reflink")
+    assert wanted.verdict is Verdict.WARN
+    assert "stratocache pool create" in wanted.mend
+    Pool(configuration.state_dir, tmp_path / "pool.xfs", "uuid", False).write(
+        configuration.state_dir
+    )
+    there = found(configuration, "reflink")
+    assert there.verdict is Verdict.OK
+    assert str(tmp_path / "pool.xfs") in there.detail
+    (configuration.state_dir / "pool.json").write_bytes(b"damaged")
+    assert found(configuration, "reflink").verdict is Verdict.FAIL
 
 
 def test_group_is_looked_up(configuration: Configuration) -> None:

@@ -6,6 +6,7 @@ back as CRASH_SEED to choose the same moments again.
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
@@ -49,7 +50,8 @@ def test_what_was_begun_is_finished_or_undone(tmp_path: Path, published: Publish
         for number in range(ROUNDS):
             victim = chance.choice(("api", "everything"))
             kills[victim] += 1
-            workload = threading.Thread(target=_work, args=(appliance, published, f"vm{number}"))
+            work = _work_on_disks if chance.random() < 0.6 else _work
+            workload = threading.Thread(target=work, args=(appliance, published, f"vm{number}"))
             workload.start()
             time.sleep(chance.uniform(0, 3))
             if victim == "api":
@@ -62,7 +64,7 @@ def test_what_was_begun_is_finished_or_undone(tmp_path: Path, published: Publish
             workload.join()
             _settle(appliance)
             _check(appliance, published)
-            _clear(appliance, published)
+            _clear(appliance)
             _check(appliance, published)
         print(f"kills: {kills}")
     assert _loop_devices(tmp_path) == []
@@ -90,6 +92,30 @@ def _work(appliance: Appliance, published: Published, instance: str) -> None:
         appliance.request("DELETE", f"/v1/launches/{instance}")
 
 
+def _work_on_disks(appliance: Appliance, published: Published, instance: str) -> None:
+    """What the owner of disks does, until somebody kills the other side."""
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        body = {"reference": published.identifier, "instance": instance}
+        _, launch = appliance.request("POST", "/v1/launches", body)
+        boot = f"/v1/disks/{launch['boot']['disk_uuid']}"
+        _, blank = appliance.request("POST", "/v1/disks", {"size_bytes": 4 * 2**20})
+        raw = f"/v1/disks/{blank['uuid']}"
+        kept = []
+        for path in (boot, raw, boot):
+            _, snapshot = appliance.request("POST", f"{path}/snapshots", {"tag": instance})
+            kept.append(f"{path}/snapshots/{snapshot['id']}")
+        appliance.request("POST", f"{boot}/save", {"title": instance})
+        appliance.request("PATCH", boot, {"size_bytes": IMAGE_BYTES + 2**20})
+        appliance.request("POST", f"{boot}/hydrate", {})
+        appliance.request("POST", f"{kept[1]}/rollback", {})
+        _, snapshots = appliance.request("GET", f"{boot}/snapshots")
+        for snapshot in snapshots["snapshots"]:
+            appliance.request("POST", "/v1/disks", {"snapshot": snapshot["id"]})
+        appliance.request("DELETE", kept[0])
+        outcome = "failed" if int(instance.removeprefix("vm")) % 2 else "done"
+        appliance.request("DELETE", f"/v1/launches/{instance}?outcome={outcome}")
+
+
 def _rows(appliance: Appliance, query: str) -> list[sqlite3.Row]:
     database = sqlite3.connect(appliance.state_dir / "state.db", timeout=30)
     database.row_factory = sqlite3.Row
@@ -103,6 +129,8 @@ def _settle(appliance: Appliance) -> None:
     unsettled = (
         "SELECT kind, subject, state FROM operations WHERE state IN ('pending', 'running') "
         "UNION ALL SELECT 'disk', uuid, state FROM disks WHERE state <> 'available' "
+        "UNION ALL SELECT 'snapshot', id, state FROM snapshots WHERE state <> 'available' "
+        "OR transient "
         "UNION ALL SELECT 'image', id, state FROM images WHERE state <> 'verified' "
         "UNION ALL SELECT 'attachment', id, state FROM attachments WHERE state <> 'ready' "
         "UNION ALL SELECT 'launch', instance, state FROM launches WHERE state <> 'active'"
@@ -124,27 +152,48 @@ def _serving(appliance: Appliance) -> bool:
 def _check(appliance: Appliance, published: Published) -> None:
     """Compare rows, files, targets and mounts: each accounts for the other."""
     disks = {row["uuid"]: row["form"] for row in _rows(appliance, "SELECT * FROM disks")}
-    images = {row["id"] for row in _rows(appliance, "SELECT * FROM images")}
+    images = {row["id"]: row["sha256"] for row in _rows(appliance, "SELECT * FROM images")}
     attachments = {row["id"] for row in _rows(appliance, "SELECT * FROM attachments")}
+    named = _rows(
+        appliance,
+        "SELECT id FROM images UNION SELECT id FROM snapshots WHERE form = 'manifest' "
+        "UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL",
+    )
     state, run = appliance.state_dir, appliance.run_dir
 
     assert set(os.listdir(state / "disks")) == set(disks)
     assert os.listdir(state / "stage") == []
-    assert {name.removesuffix(".caibx") for name in os.listdir(state / "manifests")} == images
+    manifests = {name.removesuffix(".caibx") for name in os.listdir(state / "manifests")}
+    assert manifests == {row[0] for row in named}
+    for uuid, form in disks.items():
+        _check_files(state / "disks" / uuid, form)
     overlays = {uuid for uuid, form in disks.items() if form == "overlay"}
-    assert {name.removesuffix(".bitmap") for name in os.listdir(run / "live")} <= overlays
+    assert {name.partition(".")[0] for name in os.listdir(run / "live")} <= overlays
     assert set(os.listdir(run / "secrets")) == attachments
-    assert set(os.listdir(run / "blocks" / "images")) == images
+    assert set(os.listdir(run / "blocks" / "images")) == set(images)
     assert set(os.listdir(run / "blocks" / "disks")) == overlays
     assert _target_names(appliance) == {f"iqn.2026-11.org.stratocache:{id}" for id in attachments}
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     assert len([line for line in mounts if f" {run}/blocks " in line]) == 1
-    for identifier in images:
+    assert images.get(published.identifier, published.sha256) == published.sha256
+    for identifier, sha256 in images.items():
         content = (run / "blocks" / "images" / identifier).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == published.sha256
+        assert hashlib.sha256(content).hexdigest() == sha256
 
 
-def _clear(appliance: Appliance, published: Published) -> None:
+def _check_files(directory: Path, form: str) -> None:
+    """Every file of a disk is one that its layout names."""
+    names = set(os.listdir(directory)) - {"snapshots"}
+    if form == "raw":
+        assert names == {"data"}
+    else:
+        layout = json.loads((directory / "layout.json").read_text())
+        top = layout["top"]
+        assert layout["frozen"] is None
+        assert names == {"layout.json", f"{top}.data", f"{top}.bitmap"}
+
+
+def _clear(appliance: Appliance) -> None:
     """Give everything back through the API."""
     _, launches = appliance.request("GET", "/v1/launches")
     for launch in launches["launches"]:
@@ -156,11 +205,9 @@ def _clear(appliance: Appliance, published: Published) -> None:
         for attachment in held["attachments"]:
             status, _ = appliance.request("DELETE", f"{path}/attachments/{attachment['id']}")
             assert status == 204
-        assert appliance.request("DELETE", path)[0] == 204
-    if published.identifier in {
-        i["id"] for i in appliance.request("GET", "/v1/images")[1]["images"]
-    }:
-        assert appliance.request("DELETE", f"/v1/images/{published.identifier}")[0] == 204
+        assert appliance.request("DELETE", f"{path}?snapshots=delete")[0] == 204
+    for image in appliance.request("GET", "/v1/images")[1]["images"]:
+        assert appliance.request("DELETE", f"/v1/images/{image['id']}")[0] == 204
     chunks = [path for path in (appliance.state_dir / "chunks").rglob("*") if len(path.name) == 64]
     assert chunks == []
 

@@ -20,6 +20,7 @@ from stratocache.cache.images import ImageReader, ImageStore
 from stratocache.fs.disks import DiskStore
 
 MIB = 1024**2
+IMAGE = "I" * 27
 
 
 def new_uuid() -> str:
@@ -38,8 +39,8 @@ class Importer:
         chunks = ChunkStore(state_dir / "chunks")
         self._stores.append(chunks)
         images = ImageStore(state_dir, chunks)
-        store_image(images, "I" * 27, content)
-        return images.reader("I" * 27)
+        store_image(images, IMAGE, content)
+        return images.reader(IMAGE)
 
     def close(self) -> None:
         """Close all stores."""
@@ -146,10 +147,11 @@ def test_clone_on_the_default_file_system_is_an_overlay(
     content = image_content(3 * CHUNK_BYTES + 12345)
     reader = import_image(state_dir, content)
     uuid, size = new_uuid(), len(content) + MIB + 1
-    assert store.create_clone(uuid, size, reader) == "overlay"
-    assert store.create_clone(uuid, size, reader) == "overlay"
+    assert store.create_clone(uuid, size, reader, IMAGE) == "overlay"
+    assert store.create_clone(uuid, size, reader, IMAGE) == "overlay"
+    assert store.layout(uuid).base == IMAGE
     assert store.allocated_bytes(uuid) < 64 * 1024
-    overlay = store.open_overlay(uuid, size, reader)
+    overlay = store.open_overlay(uuid, lambda name: reader)
     trio.run(overlay.write, len(content) - 3, b"across the end")
     expected = bytearray(content.ljust(size, b"\0"))
     expected[len(content) - 3 : len(content) + 11] = b"across the end"
@@ -164,7 +166,7 @@ def test_clone_smaller_than_its_image_is_refused(
     reader = import_image(state_dir, b"x" * 5000)
     uuid = new_uuid()
     with pytest.raises(InvalidInput) as caught:
-        store.create_clone(uuid, 4999, reader)
+        store.create_clone(uuid, 4999, reader, IMAGE)
     assert caught.value.code == "disk-too-small"
     assert store.form(uuid) is None
     assert os.listdir(state_dir / "stage") == []
@@ -176,15 +178,15 @@ def test_delete_leaves_nothing(
     """Deleting an overlay removes its files and its live bitmap; deleting again is no error."""
     reader = import_image(state_dir, b"x" * 5000)
     uuid = new_uuid()
-    store.create_clone(uuid, 5000, reader)
-    store.open_overlay(uuid, 5000, reader).close()
-    assert os.listdir(tmp_path / "run/live") == [f"{uuid}.bitmap"]
+    store.create_clone(uuid, 5000, reader, IMAGE)
+    store.open_overlay(uuid, lambda name: reader).close()
+    assert os.listdir(tmp_path / "run/live") == [f"{uuid}.1.bitmap"]
     store.delete(uuid)
     store.delete(uuid)
     for directory in (tmp_path / "run/live", state_dir / "disks", state_dir / "stage"):
         assert os.listdir(directory) == []
     with pytest.raises(NotFound):
-        store.open_overlay(uuid, 5000, reader)
+        store.open_overlay(uuid, lambda name: reader)
 
 
 def test_sweep_removes_what_nobody_owns(store: DiskStore, state_dir: Path, tmp_path: Path) -> None:
@@ -195,13 +197,13 @@ def test_sweep_removes_what_nobody_owns(store: DiskStore, state_dir: Path, tmp_p
     (state_dir / "stage" / f"disk-{staged}").mkdir()
     (state_dir / "stage" / "fetch-of-others").mkdir()
     (state_dir / "disks" / "lost+found").mkdir()
-    (tmp_path / "run/live" / f"{live}.bitmap").touch()
+    (tmp_path / "run/live" / f"{live}.1.bitmap").touch()
     (tmp_path / "run/live" / f"{live}.bitmap.new").touch()
-    (tmp_path / "run/live" / f"{kept}.bitmap").touch()
+    (tmp_path / "run/live" / f"{kept}.2.bitmap").touch()
     assert store.sweep({kept}) == sorted([unknown, staged, live])
     assert set(os.listdir(state_dir / "disks")) == {kept, "lost+found"}
     assert os.listdir(state_dir / "stage") == ["fetch-of-others"]
-    assert os.listdir(tmp_path / "run/live") == [f"{kept}.bitmap"]
+    assert os.listdir(tmp_path / "run/live") == [f"{kept}.2.bitmap"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_sweep_removes_what_nobody_owns(store: DiskStore, state_dir: Path, tmp_p
 )
 def test_name_that_is_no_uuid_is_refused(store: DiskStore, name: str) -> None:
     """Nothing but a UUID becomes a path."""
-    for call in (store.form, store.delete, store.data_path, store.live_path):
+    for call in (store.form, store.delete, store.data_path, store.layout, store.freeze_raw):
         with pytest.raises(InvalidInput) as caught:
             call(name)
         assert caught.value.code == "uuid-invalid"
@@ -236,7 +238,7 @@ def test_reflinked_clone_shares_the_chunks_extents(
     size = 96 * MIB + 1
     uuids = [new_uuid() for _ in range(4)]
     for uuid in uuids:
-        assert store.create_clone(uuid, size, reader) == "raw"
+        assert store.create_clone(uuid, size, reader, IMAGE) == "raw"
     assert free_before - _free_bytes(xfs_state) < 2 * MIB
     assert "shared" in _extents(store.data_path(uuids[0]))
     assert store.data_path(uuids[0]).read_bytes() == content.ljust(size, b"\0")
@@ -248,6 +250,116 @@ def test_reflinked_clone_shares_the_chunks_extents(
 
 
 @pytest.mark.root
+def test_raw_snapshots_share_extents_and_are_independent(xfs_state: Path, tmp_path: Path) -> None:
+    """Snapshots take no space, survive one another, and can be cloned and gone back to."""
+    store = DiskStore(xfs_state, tmp_path / "run")
+    uuid, clone, size = new_uuid(), new_uuid(), 32 * MIB
+    store.create_blank(uuid, size)
+    first = Random(1).randbytes(size)
+    store.data_path(uuid).write_bytes(first)
+    store.snapshot_raw(uuid, "first")
+    store.snapshot_raw(uuid, "first")
+    free_before = _free_bytes(xfs_state)
+    with store.data_path(uuid).open("r+b") as disk:
+        disk.write(b"second")
+    store.snapshot_raw(uuid, "second")
+    store.grow_raw(uuid, size + MIB)
+    assert free_before - _free_bytes(xfs_state) < 2 * MIB
+    assert store.clone_raw_snapshot(clone, size + 1, uuid, "second") == "raw"
+    assert store.data_path(clone).read_bytes() == b"second" + first[6:] + b"\0"
+    store.delete_raw_snapshot(uuid, "second")
+    store.delete_raw_snapshot(uuid, "second")
+    store.rollback_raw(uuid, "first")
+    assert store.data_path(uuid).read_bytes() == first
+    assert sorted(os.listdir(store.overlay_directory(uuid))) == ["data", "snapshots"]
+    assert store.form(uuid) == "raw"
+    with pytest.raises(NotFound):
+        store.clone_raw_snapshot(new_uuid(), size, uuid, "second")
+    with pytest.raises(InvalidInput):
+        store.snapshot_raw(uuid, "../escape")
+    with pytest.raises(InvalidInput):
+        store.clone_raw_snapshot(new_uuid(), size - 1, uuid, "first")
+
+
+@pytest.mark.root
+def test_promotion_shares_the_chunks_extents(
+    xfs_state: Path, tmp_path: Path, import_image: Importer
+) -> None:
+    """On XFS an overlay becomes raw with next to no space, and keeps its own blocks."""
+    content = image_content(16 * MIB + 4096 + 77)
+    reader = import_image(xfs_state, content)
+    store = DiskStore(xfs_state, tmp_path / "run")
+    store._reflinks = False
+    uuid, size = new_uuid(), 24 * MIB + 1
+    assert store.create_clone(uuid, size, reader, IMAGE) == "overlay"
+    overlay = store.open_overlay(uuid, lambda name: reader)
+    trio.run(overlay.write, 5 * MIB + 3, b"own")
+    free_before = _free_bytes(xfs_state)
+    done: list[int] = []
+
+    async def fill() -> None:
+        await overlay.fill(done.append, reflink=True)
+        await overlay.aclose()
+
+    trio.run(fill)
+    store.finish_promotion(uuid)
+    assert free_before - _free_bytes(xfs_state) < 2 * MIB
+    expected = bytearray(content.ljust(size, b"\0"))
+    expected[5 * MIB + 3 : 5 * MIB + 6] = b"own"
+    assert store.data_path(uuid).read_bytes() == expected
+    assert done[-1] == size
+    assert store.form(uuid) == "raw"
+    assert reader.read_blocking(0, len(content)) == content
+
+
+def test_raw_disk_grows_and_does_not_shrink(store: DiskStore) -> None:
+    """A raw disk gets longer by zeros; less than it has is refused."""
+    uuid = new_uuid()
+    store.create_blank(uuid, MIB)
+    store.grow_raw(uuid, MIB)
+    store.grow_raw(uuid, MIB + 5)
+    assert store.data_path(uuid).stat().st_size == MIB + 5
+    with pytest.raises(InvalidInput) as caught:
+        store.grow_raw(uuid, MIB)
+    assert caught.value.code == "disk-shrinks"
+    with pytest.raises(NotFound):
+        store.grow_raw(new_uuid(), MIB)
+
+
+def test_snapshot_rollback_and_adoption_without_reflinks(
+    store: DiskStore, state_dir: Path, import_image: Importer
+) -> None:
+    """A raw disk is frozen as a file, becomes an overlay over its snapshot, and can go back."""
+    uuid = new_uuid()
+    content = image_content(3 * CHUNK_BYTES)
+    store.create_blank(uuid, len(content))
+    store.data_path(uuid).write_bytes(content)
+    store.freeze_raw(uuid)
+    store.freeze_raw(uuid)
+    assert store.form(uuid) == "overlay"
+    reader = import_image(state_dir, content)
+    overlay = store.open_overlay(uuid, lambda name: reader)
+
+    async def snapshot() -> None:
+        assert overlay.frozen is not None
+        assert list(overlay.frozen.chunks()) in ([0, 2], [0, 1, 2])
+        await overlay.rebase(reader, IMAGE)
+        await overlay.write(0, b"forget")
+        await overlay.aclose()
+
+    trio.run(snapshot)
+    assert sorted(os.listdir(store.overlay_directory(uuid))) == [
+        "1.bitmap", "1.data", "layout.json",
+    ]  # fmt: skip
+    store.rollback_overlay(uuid, IMAGE, len(content))
+    overlay = store.open_overlay(uuid, lambda name: reader)
+    assert trio.run(overlay.read, 0, len(content)) == content
+    overlay.close()
+    store.adopt_overlay(uuid, "other")
+    assert store.layout(uuid).base == IMAGE
+
+
+@pytest.mark.root
 def test_space_of_a_deleted_image_is_freed(
     xfs_state: Path, tmp_path: Path, import_image: Importer
 ) -> None:
@@ -256,7 +368,7 @@ def test_space_of_a_deleted_image_is_freed(
     free_before = _free_bytes(xfs_state)
     reader = import_image(xfs_state, image_content(64 * MIB))
     uuid = new_uuid()
-    store.create_clone(uuid, 64 * MIB, reader)
+    store.create_clone(uuid, 64 * MIB, reader, IMAGE)
     import_image.close()
     shutil.rmtree(xfs_state / "chunks")
     store.delete(uuid)
@@ -283,7 +395,7 @@ def test_damaged_chunk_makes_no_clone(
     store = DiskStore(xfs_state, tmp_path / "run")
     uuid = new_uuid()
     with pytest.raises(NotVerified):
-        store.create_clone(uuid, len(content), reader)
+        store.create_clone(uuid, len(content), reader, IMAGE)
     assert store.form(uuid) is None
     assert os.listdir(xfs_state / "stage") == []
 
@@ -298,7 +410,7 @@ def test_full_file_system_makes_no_disk(
     store._reflinks = False
     uuid = new_uuid()
     with pytest.raises(NoSpace):
-        store.create_clone(uuid, 64 * 1024**4, reader)
+        store.create_clone(uuid, 64 * 1024**4, reader, IMAGE)
     assert store.form(uuid) is None
     assert os.listdir(xfs_state / "stage") == []
 

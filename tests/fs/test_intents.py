@@ -8,8 +8,9 @@ import pytest
 
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused, StratocacheError
-from stratocache.fs import intents, inventory
+from stratocache.fs import disk_intents, intents, inventory, state
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
+from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.state import Database, now
 
 ROOT_CALLER = Caller("root", True)
@@ -29,7 +30,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 def _disk(db: Database, caller: Caller, **fields: object) -> str:
     request = DiskRequest(size_bytes=1 << 20, **fields)  # type: ignore[arg-type]
-    operation = intents.create_disk(db, caller, request)
+    operation = disk_intents.create_disk(db, caller, request)
     db.connection.execute("UPDATE disks SET state = 'available', form = 'raw'")
     return operation.subject
 
@@ -70,6 +71,34 @@ def test_database_of_newer_code_is_refused(db: Database) -> None:
     assert _code(db.migrate)[1] == "state-too-new"
 
 
+def test_first_schema_is_migrated_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database of the first release keeps its operations, launches and disks, and knows which
+    image each overlay needs."""
+    database = Database(tmp_path / "state.db")
+    monkeypatch.setattr(state, "MIGRATIONS", MIGRATIONS[:1])
+    database.migrate()
+    database.connection.executescript(
+        "INSERT INTO operations (id, kind, subject, state, request, owner, created_at, updated_at) "
+        "VALUES ('o', 'launch', 'vm', 'done', '{}', 'root', '', '');"
+        "INSERT INTO launches VALUES ('vm', 'o', '{}', 'active', NULL, '');"
+        "INSERT INTO disks (uuid, state, size_bytes, base_image, form, owner, visibility, kind, "
+        "volatile, created_at) VALUES "
+        "('u1', 'available', 512, 'image', 'overlay', 'root', 'private', 'data', 0, ''),"
+        "('u2', 'available', 512, 'image', 'raw', 'root', 'private', 'data', 0, '');"
+    )
+    monkeypatch.undo()
+    database.migrate()
+
+    assert inventory.launch(database, "vm").operation_id == "o"
+    assert inventory.operation(database, "o").kind == "launch"
+    disks = inventory.disks(database, ROOT_CALLER)
+    assert [disk.base_manifest for disk in disks] == ["image", None]
+    assert database.rows("PRAGMA foreign_key_check") == []
+    database.close()
+
+
 def test_failed_transaction_leaves_nothing(db: Database) -> None:
     """An exception inside a transaction rolls all of it back."""
     with pytest.raises(ZeroDivisionError), db.transaction() as connection:
@@ -83,7 +112,10 @@ def test_failed_transaction_leaves_nothing(db: Database) -> None:
 
 def test_blank_disk_needs_a_size(db: Database) -> None:
     """A disk with neither size nor reference is refused with the field named."""
-    assert _code(intents.create_disk, db, ALICE, DiskRequest()) == (InvalidInput, "size-missing")
+    assert _code(disk_intents.create_disk, db, ALICE, DiskRequest()) == (
+        InvalidInput,
+        "size-missing",
+    )
     assert db.rows("SELECT * FROM operations") == []
 
 
@@ -102,8 +134,8 @@ def test_public_disk_is_read_only_for_others(db: Database) -> None:
     uuid = _disk(db, ALICE, visibility="public")
 
     assert _code(intents.attach, db, BOB, uuid, instance="vm") == (Refused, "disk-not-yours")
-    assert _code(intents.update_disk, db, BOB, uuid, tag="mine") == (Refused, "disk-not-yours")
-    assert _code(intents.delete_disk, db, BOB, uuid) == (Refused, "disk-not-yours")
+    assert _code(disk_intents.update_disk, db, BOB, uuid, tag="mine") == (Refused, "disk-not-yours")
+    assert _code(disk_intents.delete_disk, db, BOB, uuid) == (Refused, "disk-not-yours")
     assert intents.attach(db, BOB, uuid, instance="vm", access="ro").state == "pending"
 
 
@@ -111,8 +143,8 @@ def test_only_administrators_give_disks_away(db: Database) -> None:
     """An owner cannot change the owner of a disk; an administrator can."""
     uuid = _disk(db, ALICE)
 
-    assert _code(intents.update_disk, db, ALICE, uuid, owner="bob")[1] == "administrator-only"
-    assert intents.update_disk(db, ROOT_CALLER, uuid, owner="bob").owner == "bob"
+    assert _code(disk_intents.update_disk, db, ALICE, uuid, owner="bob")[1] == "administrator-only"
+    assert disk_intents.update_disk(db, ROOT_CALLER, uuid, owner="bob").owner == "bob"
 
 
 def test_second_read_write_attachment_names_the_holder(db: Database) -> None:
@@ -163,10 +195,10 @@ def test_attached_disk_is_not_deleted(db: Database) -> None:
     uuid = _disk(db, ALICE)
     attached = intents.attach(db, ALICE, uuid, instance="vm1")
 
-    assert _code(intents.delete_disk, db, ALICE, uuid) == (Conflict, "disk-attached")
+    assert _code(disk_intents.delete_disk, db, ALICE, uuid) == (Conflict, "disk-attached")
     intents.detach(db, ALICE, attached.subject)
     db.connection.execute("DELETE FROM attachments")
-    intents.delete_disk(db, ALICE, uuid)
+    disk_intents.delete_disk(db, ALICE, uuid)
     assert inventory.disk(db, ALICE, uuid).state == "deleting"
 
 
@@ -177,7 +209,14 @@ def test_used_image_is_not_deleted(db: Database) -> None:
     assert _code(intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-pinned"
     intents.set_pin(db, ROOT_CALLER, IMAGE, False)
     with db.transaction() as connection:
-        intents.insert_disk(connection, "alice", "u", DiskRequest(size_bytes=100), IMAGE)
+        disk_intents.insert_disk(
+            connection,
+            "alice",
+            "u",
+            DiskRequest(size_bytes=100),
+            base_image=IMAGE,
+            base_manifest=IMAGE,
+        )
     assert _code(intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-in-use"
     db.connection.execute("DELETE FROM disks")
     with db.transaction() as connection:

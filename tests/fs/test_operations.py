@@ -25,7 +25,7 @@ from stratocache.cache.configuration import (
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
-from stratocache.fs import intents, inventory
+from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
@@ -279,7 +279,7 @@ def test_clone_smaller_than_its_image_is_refused(host: Host) -> None:
     """A clone must hold its image."""
     host.publish()
     request = DiskRequest(reference=IDENTIFIER, size_bytes=512)
-    operation = intents.create_disk(host.db, ROOT_CALLER, request)
+    operation = disk_intents.create_disk(host.db, ROOT_CALLER, request)
 
     host.run(_ending(host, operation, "failed", "size-too-small"))
     assert inventory.disks(host.db, ROOT_CALLER) == []

@@ -123,7 +123,7 @@ def test_write_nowait_does_nothing_when_it_would_wait(bench: OverlayBench) -> No
     assert not bench.overlay.write_nowait(10, b"x")
     bench.base.cold = False
     assert bench.read_all() == bench.pristine
-    assert not (bench.directory / "data").read_bytes().strip(b"\0")
+    assert not (bench.directory / "1.data").read_bytes().strip(b"\0")
 
 
 def test_writes_to_one_block_while_the_base_is_fetched(bench: OverlayBench) -> None:
@@ -177,7 +177,7 @@ def test_data_is_synced_before_the_bitmap_is_written(crash_bench: OverlayBench) 
     crash_bench.storage.calls.clear()
     trio.run(crash_bench.overlay.flush)
     assert crash_bench.storage.calls == [
-        ("data", "fdatasync"), ("bitmap", "pwrite"), ("bitmap", "fdatasync"),
+        ("1.data", "fdatasync"), ("1.bitmap", "pwrite"), ("1.bitmap", "fdatasync"),
     ]  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_failed_data_sync_is_never_forgotten(crash_bench: OverlayBench) -> None:
     """After one failed fdatasync of the data every flush fails, in the next process too."""
     assert isinstance(crash_bench.storage, CrashStorage)
     crash_bench.overlay.write_nowait(0, b"lost")
-    crash_bench.storage.faults["data", "fdatasync"] = errno.EIO
+    crash_bench.storage.faults["1.data", "fdatasync"] = errno.EIO
     for message in ("Input/output", "earlier flush"):
         with pytest.raises(OSError, match=message):
             trio.run(crash_bench.overlay.flush)
@@ -209,7 +209,7 @@ def test_failed_bitmap_sync_is_repeated(crash_bench: OverlayBench) -> None:
     """A flush whose bitmap could not be written fails, and the next one writes it again."""
     assert isinstance(crash_bench.storage, CrashStorage)
     crash_bench.overlay.write_nowait(0, b"kept")
-    crash_bench.storage.faults["bitmap", "fdatasync"] = errno.EIO
+    crash_bench.storage.faults["1.bitmap", "fdatasync"] = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
         trio.run(crash_bench.overlay.flush)
     trio.run(crash_bench.overlay.flush)
@@ -227,7 +227,7 @@ def test_half_written_bitmap_is_written_again_by_the_next_process(
     """A process that ended with the bitmap in the page cache only leaves the rest to the next."""
     assert isinstance(crash_bench.storage, CrashStorage)
     crash_bench.overlay.write_nowait(0, b"kept")
-    crash_bench.storage.faults["bitmap", call] = fault
+    crash_bench.storage.faults["1.bitmap", call] = fault
     with pytest.raises((OSError, ProcessDied)):
         trio.run(crash_bench.overlay.flush)
     crash_bench.reopen()
@@ -269,7 +269,7 @@ def test_disk_is_opened_once(bench: OverlayBench) -> None:
 def test_later_format_is_refused(bench: OverlayBench) -> None:
     """A bitmap of a later version is refused by name, not misread."""
     bench.overlay.close()
-    path = bench.directory / "bitmap"
+    path = bench.directory / "1.bitmap"
     content = bytearray(path.read_bytes())
     content[8] = bitmap.VERSION + 1
     path.write_bytes(content)
@@ -285,7 +285,7 @@ def test_later_format_is_refused(bench: OverlayBench) -> None:
 def test_damaged_header_is_refused(bench: OverlayBench, position: int) -> None:
     """Any changed field of the header is found, and the file is left as it is."""
     bench.overlay.close()
-    path = bench.directory / "bitmap"
+    path = bench.directory / "1.bitmap"
     good = path.read_bytes()
     bad = bytearray(good)
     bad[position] ^= 0x80
@@ -297,7 +297,7 @@ def test_damaged_header_is_refused(bench: OverlayBench, position: int) -> None:
     bench.overlay = bench.open()
 
 
-@pytest.mark.parametrize("name", ["data", "bitmap"])
+@pytest.mark.parametrize("name", ["1.data", "1.bitmap"])
 def test_truncated_file_is_refused(bench: OverlayBench, name: str) -> None:
     """A file that is too short is damage, whatever it still holds."""
     bench.overlay.close()

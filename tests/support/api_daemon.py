@@ -19,7 +19,7 @@ from falcon import testing
 from stratocache.api.application import create_app
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Endorser, Entry
-from stratocache.fs import intents, inventory
+from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
 
@@ -63,7 +63,7 @@ def insert_image(db: Database, identifier: str = IMAGE_ID, title: str = "a small
 
 def insert_disk(db: Database, caller: Caller = ROOT, **fields: Any) -> str:
     """Insert an available disk; return its UUID."""
-    operation = intents.create_disk(db, caller, DiskRequest(**{"size_bytes": 2**20, **fields}))
+    operation = disk_intents.create_disk(db, caller, DiskRequest(**{"size_bytes": 2**20, **fields}))
     perform(db, operation)
     return operation.subject
 
@@ -97,7 +97,7 @@ def _launch(db: Database, operation: Operation) -> dict[str, Any]:
     wanted = LaunchRequest(**operation.request)
     connection = db.connection
     boot = "00000000-0000-4000-8000-000000000001"
-    intents.insert_disk(
+    disk_intents.insert_disk(
         connection, operation.owner, boot, DiskRequest(size_bytes=IMAGE_BYTES, volatile=True)
     )
     intents.insert_attachment(
@@ -123,6 +123,19 @@ def _launch(db: Database, operation: Operation) -> dict[str, Any]:
     return {"instance": wanted.instance}
 
 
+def _resize(db: Database, operation: Operation) -> dict[str, Any]:
+    db.connection.execute(
+        "UPDATE disks SET size_bytes = ?, generation = generation + 1 WHERE uuid = ?",
+        (operation.request["size_bytes"], operation.subject),
+    )
+    return {"disk": operation.subject}
+
+
+def _save(db: Database, operation: Operation) -> dict[str, Any]:
+    db.connection.execute("DELETE FROM snapshots WHERE transient = 1")
+    return {"image": IMAGE_ID, "metadata": "<RDF/>"}
+
+
 def _execute(*statements: str) -> Callable[[Database, Operation], dict[str, Any]]:
     def step(db: Database, operation: Operation) -> dict[str, Any]:
         for statement in statements:
@@ -140,7 +153,19 @@ _STEPS: dict[str, Callable[[Database, Operation], dict[str, Any]]] = {
     ),
     "attach": _execute("UPDATE attachments SET state = 'ready' WHERE id = :subject"),
     "detach": _execute("DELETE FROM attachments WHERE id = :subject"),
-    "delete-disk": _execute("DELETE FROM disks WHERE uuid = :subject"),
+    "snapshot": _execute(
+        "UPDATE snapshots SET state = 'available', form = 'file', frozen_at = created_at "
+        "WHERE id = :subject"
+    ),
+    "delete-snapshot": _execute("DELETE FROM snapshots WHERE id = :subject"),
+    "rollback": _execute("UPDATE disks SET generation = generation + 1 WHERE uuid = :subject"),
+    "resize": _resize,
+    "hydrate": _execute("UPDATE disks SET form = 'raw' WHERE uuid = :subject"),
+    "save": _save,
+    "delete-disk": _execute(
+        "DELETE FROM snapshots WHERE disk_uuid = :subject",
+        "DELETE FROM disks WHERE uuid = :subject",
+    ),
     "delete-image": _execute("DELETE FROM images WHERE id = :subject"),
     "halt": _execute(
         "DELETE FROM attachments WHERE instance = :subject",

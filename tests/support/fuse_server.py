@@ -88,13 +88,13 @@ class FuseServer:
         """Make an overlay disk over an image; return its path in the tree."""
         uuid = str(uuid_module.uuid4())
         # size alone counts here: the server opens the image itself
-        assert self.disks.create_clone(uuid, size_bytes, _NoChunks()) == "overlay"
+        assert self.disks.create_clone(uuid, size_bytes, _NoChunks(), image_id) == "overlay"
         with self._db.transaction() as connection:
             connection.execute(
-                "INSERT INTO disks (uuid, state, size_bytes, base_image, form, owner, visibility, "
-                "kind, volatile, created_at) "
-                "VALUES (?, 'available', ?, ?, 'overlay', 'root', 'private', 'machine', 0, ?)",
-                (uuid, size_bytes, image_id, now()),
+                "INSERT INTO disks (uuid, state, size_bytes, base_image, base_manifest, form, "
+                "owner, visibility, kind, volatile, created_at) "
+                "VALUES (?, 'available', ?, ?, ?, 'overlay', 'root', 'private', 'machine', 0, ?)",
+                (uuid, size_bytes, image_id, image_id, now()),
             )
         return self.overlays / uuid
 

@@ -73,7 +73,7 @@ class BareTarget:
     ) -> None:
         self._stop()
 
-    def export(self, file: Path, *, readonly: bool = False) -> str:
+    def export(self, file: Path, *, readonly: bool = False, thin: bool = False) -> str:
         """Export `file` as LUN 1 of a new target and return the target's name."""
         number = str(len(self._names) + 1)
         name = f"iqn.2026-11.org.stratocache.test:{number}"
@@ -82,6 +82,8 @@ class BareTarget:
         self._admin(*lun, "--op", "new", "--backing-store", str(file))
         if readonly:
             self._admin(*lun, "--op", "update", "--params", "readonly=1")
+        if thin:
+            self._admin(*lun, "--op", "update", "--params", "thin_provisioning=1")
         self._admin(
             "--mode", "account", "--op", "bind", "--tid", number, "--user", self.user
         )  # fmt: skip

@@ -80,7 +80,10 @@ class Initiator:
         """Run `qemu-io` commands in one session."""
         options = ["-r"] if read_only else []
         steps = [word for command in commands for word in ("-c", command)]
-        return _run("qemu-io", "-t", "none", *options, *steps, "--image-opts", self.image_options)
+        return _run(
+            "qemu-io", "-t", "none", "-d", "unmap", *options, *steps,
+            "--image-opts", self.image_options,
+        )  # fmt: skip
 
 
 class Guest:

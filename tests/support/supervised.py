@@ -27,7 +27,7 @@ from support.iscsi import free_port
 START_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 40
 _PYTHON = sys.executable
-FUSE_CHILD = (_PYTHON, "-m", "support.fuse_child")
+FUSE_CHILD = ("support.fuse_child",)
 API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
 
 
@@ -96,7 +96,7 @@ class Supervised:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             for pid, words in self.children().items():
-                if texts[name] in words:
+                if texts[name] in words and _command_name(pid) != "standby":
                     return pid
             time.sleep(0.005)
         raise AssertionError(f"no {name}:\n{self.tail()}")
@@ -107,7 +107,7 @@ class Supervised:
         found = {}
         tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         for pid in map(int, tasks.read_text().split()):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
                 if line:
                     found[pid] = line.split("\0")
@@ -168,6 +168,12 @@ class Supervised:
                 subprocess.run(["umount", "-f", "-l", str(self.directory.blocks)], check=True)
 
 
+def _command_name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 def wait_for_end(pid: int, timeout_s: float = START_TIMEOUT_S) -> None:
     """Wait until a process that is not ours has ended."""
     with contextlib.suppress(ProcessLookupError):
@@ -184,12 +190,14 @@ def _serve_api(config_json: Path) -> None:
     """Be an API: listen on its socket, and have a child process, as gunicorn has."""
     configuration = Configuration.model_validate_json(config_json.read_bytes())
     configuration.api_socket.unlink(missing_ok=True)
-    with socketserver.UnixStreamServer(
-        str(configuration.api_socket), socketserver.BaseRequestHandler
-    ) as server:
-        with subprocess.Popen(["sleep", "1000"]) as worker:
-            signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+    with (
+        socketserver.UnixStreamServer(
+            str(configuration.api_socket), socketserver.BaseRequestHandler
+        ) as server,
+        subprocess.Popen(["sleep", "1000"]) as worker,
+    ):
+        signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,158 @@
+"""Reading a whole disk at rest, or a snapshot: its bytes in order, and a validator for them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from stratocache.cache.chunks import CHUNK_BYTES
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.errors import Conflict, NotVerified
+from stratocache.cache.manifest import Manifest
+from stratocache.fs import raw_snapshots
+from stratocache.fs.records import Disk, Snapshot
+from stratocache.fs.sparse_file import extents
+from stratocache.fs.storage import OpenFile
+
+PIECE_BYTES = 1024**2
+
+_ZERO_PIECE = bytes(PIECE_BYTES)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Source(Protocol):
+    """Bytes that do not change while they are read. Belongs to one thread at a time."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How many there are."""
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes of `[start, end)`, at most `PIECE_BYTES` at a time.
+
+        Raises `OSError` and `NotVerified`.
+        """
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
+class FileSource:
+    """The bytes of one file; its holes are not read."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield bytes; zeros stand for holes."""
+        file = OpenFile(self._descriptor)
+        for first, last, has_data in extents(self._descriptor, start, end):
+            for offset in range(first, last, PIECE_BYTES):
+                length = min(PIECE_BYTES, last - offset)
+                yield file.pread(length, offset) if has_data else _zeros(length)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+class ManifestSource:
+    """The bytes of a manifest; each chunk is verified, and zeros are not read.
+
+    Reads the chunk files alone: the chunk store belongs to `blockd`.
+    """
+
+    def __init__(self, manifest_path: Path, chunks: Path, size_bytes: int) -> None:
+        self._manifest = Manifest.read(manifest_path, image_bytes_max=size_bytes)
+        self._chunks = chunks
+        self.size_bytes = self._manifest.size_bytes
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield bytes; raises `NotVerified` (`chunk-missing`, `chunk-corrupt`)."""
+        while start < end:
+            index, skipped = divmod(start, CHUNK_BYTES)
+            last = min(end, start - skipped + CHUNK_BYTES)
+            if self._manifest.is_zero(index):
+                yield _zeros(last - start)
+            else:
+                yield self._chunk(self._manifest.digest(index))[skipped : skipped + last - start]
+            start = last
+
+    def _chunk(self, digest: bytes) -> bytes:
+        name = digest.hex()
+        try:
+            data = (self._chunks / name[0] / name[1] / name).read_bytes()
+        except FileNotFoundError:
+            raise NotVerified("chunk-missing", f"Chunk {name} is missing.") from None
+        if hashlib.sha256(data).digest() != digest:
+            raise NotVerified("chunk-corrupt", f"Chunk {name} is damaged.")
+        return data
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+
+def sha256_of(source: Source) -> bytes:
+    """Return the digest of all bytes."""
+    hasher = hashlib.sha256()
+    for piece in source.pieces(0, source.size_bytes):
+        hasher.update(piece)
+    return hasher.digest()
+
+
+def _zeros(length: int) -> bytes:
+    return _ZERO_PIECE if length == PIECE_BYTES else bytes(length)
+
+
+def open_snapshot(configuration: Configuration, snapshot: Snapshot) -> Source:
+    """Open a snapshot; raises `Conflict` (`snapshot-busy`) while there is nothing to read."""
+    if snapshot.state != "available":
+        raise Conflict(
+            "snapshot-busy",
+            f"Snapshot {snapshot.id} is {snapshot.state}; try again when it is available.",
+        )
+    path = snapshot_path(configuration.state_dir, snapshot)
+    if snapshot.form == "file":
+        return FileSource(path, snapshot.size_bytes)
+    return ManifestSource(path, configuration.state_dir / "chunks", snapshot.size_bytes)
+
+
+def snapshot_path(state_dir: Path, snapshot: Snapshot) -> Path:
+    """Return the file that a snapshot is: its bytes, or its manifest."""
+    if snapshot.form == "file":
+        return raw_snapshots.path(state_dir / "disks" / snapshot.disk_uuid, snapshot.id)
+    return state_dir / "manifests" / f"{snapshot.id}.caibx"
+
+
+def open_disk(configuration: Configuration, disk: Disk) -> FileSource:
+    """Open a disk: its own file when raw, `blockd`'s when an overlay."""
+    if disk.form == "raw":
+        path = configuration.state_dir / "disks" / disk.uuid / "data"
+    else:
+        path = configuration.blocks / "disks" / disk.uuid
+    return FileSource(path, disk.size_bytes)
+
+
+def disk_tag(configuration: Configuration, disk: Disk) -> str:
+    """Return an opaque tag that changes whenever the bytes of a disk at rest may have changed.
+
+    Made of what the disk consists of and when each of its data files was last written. It changes
+    with the boot of the host too, as power loss takes back what was not flushed.
+    """
+    directory = configuration.state_dir / "disks" / disk.uuid
+    facts = [
+        _BOOT_ID.read_text(),
+        disk.uuid,
+        str(disk.size_bytes),
+        f"{disk.form} {disk.base_image}",
+    ]
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            # bitmaps say what the data files hold, and are written when nothing changes
+            if entry.name.endswith(("data", ".json")):
+                status = entry.stat(follow_symlinks=False)
+                facts.append(f"{entry.name} {status.st_ino} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]

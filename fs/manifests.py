@@ -1,0 +1,55 @@
+"""Which manifests must stay: those that an image, a snapshot or the base of a disk names."""
+
+import logging
+from contextlib import suppress
+
+from stratocache.cache.errors import NotFound, NotVerified
+from stratocache.cache.images import ImageStore
+from stratocache.fs.disks import DiskStore
+from stratocache.fs.state import Database
+
+log = logging.getLogger(__name__)
+
+_NAMED = """
+    SELECT id AS name FROM images
+    UNION SELECT id FROM snapshots WHERE form IS NOT 'file'
+    UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL
+"""
+
+
+def named_manifests(db: Database) -> set[str]:
+    """Return the names of all manifests that must stay."""
+    return {row["name"] for row in db.rows(_NAMED)}
+
+
+class Manifests:
+    """Removes manifests once nothing names them. Methods block and may run in any thread.
+
+    A name never comes back: only what is named can be named again. So nothing can begin to need a
+    manifest between the look at the rows and its removal. What a crash leaves is swept at start.
+    """
+
+    def __init__(self, db: Database, images: ImageStore, disks: DiskStore) -> None:
+        self._db = db
+        self._images = images
+        self._disks = disks
+
+    def collect(self, *names: str | None) -> None:
+        """Remove those of these manifests that nothing names any more."""
+        for name in names:
+            if name is None or self._is_named(name):
+                continue
+            try:
+                self.remove(name)
+            except OSError:
+                log.exception("manifest %s stays until the next start", name)
+
+    def remove(self, name: str) -> None:
+        """Remove a manifest and the chunks that no other one names; absent is fine."""
+        with suppress(NotFound, NotVerified):
+            self._disks.forget_image(self._images.reader(name))
+        with suppress(NotFound):
+            self._images.remove(name)
+
+    def _is_named(self, name: str) -> bool:
+        return self._db.row(f"SELECT 1 FROM ({_NAMED}) WHERE name = ?", name) is not None

@@ -1,0 +1,192 @@
+"""CHAP secrets of attachments in use: where they are found, and where they must not be."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.appliance import Appliance
+from support.publishing import publish_image
+
+MIB = 1024**2
+SETTLE_TIMEOUT_S = 60
+
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(180)]
+
+# Becomes another user, then asks; connecting is what tells the kernel who that is.
+ASK = """
+import http.client, json, os, socket, sys
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+answers = []
+for path in sys.argv[1:]:
+    connection = http.client.HTTPConnection("api")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect("api.sock")
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answers.append([path, answer.status, answer.read().decode()])
+    connection.close()
+print(json.dumps(answers))
+"""
+
+
+def test_secrets_stay_where_they_belong(tmp_path: Path) -> None:
+    """No log, event, operation, process, file that others can read, or answer to another user has a
+    CHAP secret, while a guest is attached, after wrong logins and after restarts of everything."""
+    published = publish_image(tmp_path / "published", 4 * MIB)
+    with Appliance(
+        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
+        extra='log_level = "debug"',
+    ) as appliance:  # fmt: skip
+        launch = _launch(appliance, published.identifier)
+        attachments = launch["attachments"]
+        secrets = {item["chap"]["secret"] for item in attachments}
+        assert len(secrets) == len(attachments) == 3
+        with subprocess.Popen(
+            ["qemu-system-x86_64", "-accel", "tcg", "-S", "-nodefaults", "-display", "none",
+             *launch["qemu_args"]],
+            stdin=subprocess.DEVNULL,
+        ) as guest:  # fmt: skip
+            try:
+                _wait_for_sessions(appliance, len(attachments))
+                _log_in_wrongly(attachments[0])
+                for program in ("stratocache.fs.blockd", "tgtd -f", "stratocache.api.server"):
+                    for pid in appliance.pids(program):
+                        os.kill(pid, signal.SIGKILL)
+                _wait_for_sessions(appliance, len(attachments))
+                assert guest.poll() is None
+
+                assert _processes_with(secrets) == []
+                answers = _answers_to_nobody(appliance, launch, published.identifier)
+                assert [path for path, _, text in answers if _has(text.encode(), secrets)] == []
+                assert any(item["id"] in text for item in attachments for _, _, text in answers)
+            finally:
+                guest.kill()
+        files = list(_files(tmp_path))
+        holding = {path for path in files if _has(path.read_bytes(), secrets)}
+        assert _readable_by_others(holding) == []
+        assert _readable_by_others(files)  # or nothing was compared
+        expected = {appliance.run_dir / "secrets" / item["id"] for item in attachments}
+        database = {path for path in files if path.name.startswith("state.db")}
+        assert holding - database == expected
+        assert _rows_with(appliance, secrets) == []
+        assert appliance.request("DELETE", f"/v1/launches/{launch['instance']}")[0] == 204
+        assert not any(_has(path.read_bytes(), secrets) for path in _files(tmp_path, "secrets"))
+    assert not _has(appliance.log.read_bytes(), secrets)
+
+
+def _launch(appliance: Appliance, reference: str) -> Any:
+    """Launch with a data disk that everybody may see and a shared image; return all details."""
+    request = {"size_bytes": MIB, "visibility": "public"}
+    status, disk = appliance.request("POST", "/v1/disks", request)
+    assert status == 201, disk
+    body = {
+        "reference": reference,
+        "instance": "vm1",
+        "disks": [disk["uuid"]],
+        "readonly": [reference],
+    }
+    status, launch = appliance.request("POST", "/v1/launches", body)
+    assert status == 201, launch
+    return launch
+
+
+def _log_in_wrongly(attachment: dict[str, Any]) -> None:
+    secret = attachment["chap"]["secret"]
+    url = attachment["iscsi_url"].replace(secret, secret[::-1])
+    done = subprocess.run(["iscsi-inq", url], check=False, capture_output=True, timeout=30)
+    assert done.returncode != 0
+
+
+def _wait_for_sessions(appliance: Appliance, wanted: int) -> None:
+    environment = {**os.environ, "TGT_IPC_SOCKET": str(appliance.run_dir / "tgtd")}
+    command = ["tgtadm", "--lld", "iscsi", "--op", "show", "--mode", "target"]
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while True:
+        shown = subprocess.run(
+            command, env=environment, check=False, capture_output=True, text=True
+        ).stdout
+        if shown.count("Initiator: ") >= wanted and appliance.ready():
+            return
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)
+
+
+def _has(content: bytes, secrets: Iterable[str]) -> bool:
+    return any(secret.encode() in content for secret in secrets)
+
+
+def _processes_with(secrets: Iterable[str]) -> list[str]:
+    """Return the processes of the host that show a secret in their arguments or environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        for name in ("cmdline", "environ"):
+            try:
+                shown = (folder / name).read_bytes()
+            except OSError:
+                continue
+            if _has(shown, secrets):
+                found.append(f"{folder / name}: {shown!r}")
+    return found
+
+
+def _answers_to_nobody(
+    appliance: Appliance, launch: dict[str, Any], image: str
+) -> list[tuple[str, int, str]]:
+    """Let another user, who may connect, ask for everything."""
+    disks = [item["disk_uuid"] for item in launch["attachments"] if item["disk_uuid"]]
+    operations = appliance.request("GET", "/v1/operations")[1]["operations"]
+    assert operations
+    paths = [
+        "/v1", "/v1/images", f"/v1/images/{image}", "/v1/disks", "/v1/launches", "/v1/operations",
+        f"/v1/launches/{launch['instance']}", "/healthz", "/readyz", "/metrics", "/openapi.json",
+        *(f"/v1/disks/{uuid}" for uuid in disks),
+        *(f"/v1/disks/{uuid}/attachments" for uuid in disks),
+        *(f"/v1/operations/{operation['id']}" for operation in operations),
+    ]  # fmt: skip
+    (appliance.run_dir / "api.sock").chmod(0o666)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ASK, *paths], cwd=appliance.run_dir,
+        check=True, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    answers = [(path, status, text) for path, status, text in json.loads(done.stdout)]
+    assert 200 in {status for _, status, _ in answers}
+    return answers
+
+
+def _files(folder: Path, *below: str) -> Iterator[Path]:
+    """Yield the regular files of the appliance, without those of its mount."""
+    for parent, names, files in os.walk(folder):
+        if "blocks" in names:
+            names.remove("blocks")
+        for path in (Path(parent) / name for name in files):
+            if path.is_file() and not path.is_symlink() and set(below) <= set(path.parts):
+                yield path
+
+
+def _readable_by_others(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.stat().st_mode & 0o044]
+
+
+def _rows_with(appliance: Appliance, secrets: Iterable[str]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return the rows with a secret in any table but the one that must have them."""
+    found = []
+    with closing(sqlite3.connect(appliance.state_dir / "state.db", timeout=30)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_schema "
+                                                       "WHERE type = 'table'")]  # fmt: skip
+        assert {"events", "operations", "attachments"} <= set(tables)
+        for table in set(tables) - {"attachments"}:
+            for row in database.execute(f"SELECT * FROM {table}"):
+                if _has(repr(row).encode(), secrets):
+                    found.append((table, row))
+    return found

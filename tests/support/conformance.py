@@ -1,0 +1,66 @@
+"""libiscsi's conformance suite (`iscsi-test-cu`), group by group, and what it says about a target."""
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+Outcome = Literal["passed", "skipped", "failed", "hung"]
+
+# The better ones first.
+_RANK: tuple[Outcome, ...] = ("passed", "skipped", "failed", "hung")
+_TEST = re.compile(r"^ +Test: (?P<name>\w+) \.\.\.", re.MULTILINE)
+
+
+def groups() -> list[str]:
+    """Return the names of all groups."""
+    done = subprocess.run(["iscsi-test-cu", "-l"], check=True, capture_output=True, text=True)
+    found = re.findall(r"^ALL\.(\w+)$", done.stdout, re.MULTILINE)
+    assert len(found) > 40, done.stdout
+    return found
+
+
+def run_group(group: str, url: str, limit_s: float) -> dict[str, Outcome]:
+    """Run one group, which writes to the disk; return the outcome of each of its tests.
+
+    A test that has not ended after the limit hangs, and so do those behind it.
+    """
+    try:
+        text = subprocess.run(
+            ["iscsi-test-cu", "-d", "-v", "-t", f"ALL.{group}", url],
+            check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s,
+            stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        text = expired.stdout or b""
+    found = list(_TEST.finditer(shown := text.decode(errors="replace")))
+    ends = [match.start() for match in found[1:]] + [len(shown)]
+    return {
+        match["name"]: _outcome(shown[match.end() : end])
+        for match, end in zip(found, ends, strict=True)
+    }
+
+
+def _outcome(text: str) -> Outcome:
+    """Judge by what a test printed; one that skipped a part counts as skipped."""
+    if "FAILED" in text:
+        return "failed"
+    if not re.search(r"passed$", text, re.MULTILINE):
+        return "hung"
+    return "skipped" if "[SKIPPED]" in text else "passed"
+
+
+def worse(ours: Mapping[str, Outcome], yardstick: Mapping[str, Outcome]) -> list[str]:
+    """Return the tests of which our outcome is worse than the yardstick's."""
+    return [
+        f"{name}: {ours.get(name, 'hung')} instead of {outcome}"
+        for name, outcome in yardstick.items()
+        if _RANK.index(ours.get(name, "hung")) > _RANK.index(outcome)
+    ]
+
+
+def summary(outcomes: Mapping[str, Outcome]) -> str:
+    """Return `passed/failed/skipped` as numbers; those that hang count as failed."""
+    counts = Counter(outcomes.values())
+    return f"{counts['passed']}/{counts['failed'] + counts['hung']}/{counts['skipped']}"

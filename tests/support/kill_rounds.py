@@ -1,0 +1,165 @@
+"""Rounds of SIGKILL against an appliance that a guest works on, and what the guest felt of each."""
+
+import contextlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stratodemo.guest import Guest
+
+from support.appliance import Appliance
+from support.writer import progress, slow_operations
+
+RECOVERY_TIMEOUT_S = 60
+_TOGETHER_S = 0.002
+_REST_S = (0.1, 1.2)
+_AGAIN_S = (0.0, 1.5)
+_AGAIN_CHANCE = 0.2
+
+# What is killed in one round. The order of those killed together is chosen anew each time.
+VICTIMS: tuple[tuple[str, ...], ...] = (
+    ("blockd",),
+    ("tgtd",),
+    ("supervisor",),
+    ("blockd", "supervisor"),
+    ("blockd", "tgtd"),
+    ("api",),
+    ("api", "blockd", "supervisor", "tgtd"),
+    ("supervisor", "tgtd"),
+)
+_PROGRAMS = {"blockd": "stratocache.fs.blockd", "tgtd": "tgtd -f", "api": "stratocache.api.server"}
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: who was killed, and when, in seconds after the start of the guest."""
+
+    label: str
+    at_s: float
+
+
+class Assassin:
+    """Kills processes of an appliance while a guest works, and waits until both are well again.
+
+    The supervisor is started again at once, as an init system does; nothing else is.
+    """
+
+    def __init__(self, appliance: Appliance, guest: Guest, chance: random.Random) -> None:
+        self._appliance = appliance
+        self._guest = guest
+        self._guest_started = time.monotonic()
+        self._chance = chance
+        self.rounds: list[Round] = []
+
+    def play(self, rounds: int) -> None:
+        """Play rounds with the victims in turn; now and then a second blow meets the recovery."""
+        for number in range(rounds):
+            time.sleep(self._chance.uniform(*_REST_S))
+            victims = VICTIMS[number % len(VICTIMS)]
+            label = "+".join(victims)
+            at_s = time.monotonic() - self._guest_started
+            self._strike(victims)
+            if number >= len(VICTIMS) and self._chance.random() < _AGAIN_CHANCE:
+                time.sleep(self._chance.uniform(*_AGAIN_S))
+                self._strike(self._chance.choice(VICTIMS))
+                label = "twice"
+            self.rounds.append(Round(label, at_s))
+            self._wait_until_well(label)
+
+    def _strike(self, victims: Sequence[str]) -> None:
+        process = self._appliance.process
+        assert process is not None
+        order = self._chance.sample(victims, len(victims))
+        pids = [
+            (name, pid)
+            for name in order
+            for pid in ([process.pid] if name == "supervisor" else self._pids(name))
+        ]
+        for _, pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # it dies with its parent
+                os.kill(pid, signal.SIGKILL)
+            if self._chance.random() < 0.5:
+                time.sleep(self._chance.uniform(0, _TOGETHER_S))
+        if "supervisor" in victims:
+            process.wait()
+            self._serve_again()
+
+    def _pids(self, name: str) -> list[int]:
+        pids = self._appliance.pids(_PROGRAMS[name])
+        serving = [pid for pid in pids if _command_name(pid) != "standby"]
+        return serving or pids
+
+    def _serve_again(self) -> None:
+        with self._appliance.log.open("ab") as log:
+            self._appliance.process = subprocess.Popen(
+                self._appliance.command("serve"), stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def _wait_until_well(self, label: str) -> None:
+        """Return when the API is ready and every thread of the guest gets on."""
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        while not self._appliance.ready():
+            self._check(deadline, label)
+        since_s = time.monotonic() - self._guest_started
+        while not self._gets_on(since_s):
+            self._check(deadline, label)
+
+    def _gets_on(self, since_s: float) -> bool:
+        ticks = [counts for at_s, counts in progress(self._guest.console) if at_s > since_s]
+        return len(ticks) > 1 and all(ticks[-1][name] > ticks[0][name] for name in ticks[0])
+
+    def _check(self, deadline: float, label: str) -> None:
+        assert self._appliance.process is not None
+        status = self._appliance.process.poll()
+        late = time.monotonic() > deadline
+        if status is not None or late:
+            what = f"serve ended with {status}" if status is not None else "no recovery"
+            console = "\n".join(line.text for line in self._guest.console[-8:])
+            log = self._appliance.log.read_text()[-4000:]
+            raise AssertionError(f"{what} after {label}\n{console}\n{log}")
+        time.sleep(0.05)
+
+    def pauses(self) -> dict[tuple[str, str], list[float]]:
+        """Return what the guest waited, by victims and disk: per round its longest operation."""
+        slow = slow_operations(self._guest.console)
+        threads = progress(self._guest.console)[0][1]
+        disks = sorted({thread.partition(".")[0] for thread in threads})
+        found: dict[tuple[str, str], list[float]] = defaultdict(list)
+        ends = [round_.at_s for round_ in self.rounds[1:]] + [float("inf")]
+        for round_, end_s in zip(self.rounds, ends, strict=True):
+            for disk in disks:
+                felt = [
+                    operation.took_s
+                    for operation in slow
+                    if operation.disk == disk
+                    and operation.ended_s > round_.at_s
+                    and operation.begun_s < end_s
+                ]
+                found[round_.label, disk].append(max(felt, default=0.0))
+        return found
+
+
+def _command_name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def pause_table(pauses: dict[tuple[str, str], list[float]]) -> Iterator[str]:
+    """Yield lines of a table: seconds that guests waited, 0.00 being less than 0.05."""
+    yield f"{'killed':34} {'disk':8} {'rounds':>6} {'median':>7} {'p99':>7} {'max':>7}"
+    for (label, disk), waits in sorted(pauses.items()):
+        ordered = sorted(waits)
+        p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+        yield (
+            f"{label:34} {disk:8} {len(waits):6} {statistics.median(waits):7.2f} "
+            f"{p99:7.2f} {ordered[-1]:7.2f}"
+        )
