@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 FIRST_DELAY_S = 0.1
 DELAY_MAX_S = 5.0
-HEALTHY_AFTER_S = 0.5
+HEALTHY_AFTER_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Child:
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
-    def collect(self) -> None:
+    def collect(self, level: int = logging.WARNING) -> None:
         """Collect the ended process with what is left of its session, and plan the next start."""
         assert self.process is not None
         with suppress(ProcessLookupError, PermissionError):
@@ -118,7 +118,7 @@ class Child:
         self.process, self.pidfd = None, -1
         self.plan_restart()
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        log.warning("%s ended, %s", self.name, how)
+        log.log(level, "%s ended, %s", self.name, how)
 
     def plan_restart(self) -> None:
         """Set `due_at` by how well the last start went."""
@@ -139,7 +139,7 @@ class Child:
             self.send(signal.SIGKILL)
             if not self.wait(timeout_s):
                 return False
-        self.collect()
+        self.collect(logging.INFO)
         return True
 
 

@@ -13,7 +13,7 @@ from typing import cast
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import Conflict, ErrorRecord, NotFound, from_record
+from stratocache.cache.errors import Conflict, ErrorRecord, NotFound, NotVerified, from_record
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory, records
 from stratocache.fs.blocks import Blocks
@@ -44,6 +44,7 @@ class Reconciler:
         self._db = db
         self._images = images
         self._blocks = blocks
+        self._disk_store = disks
         self._disks = DiskReconciliation(configuration, db, images, disks, blocks)
         self._targets = TargetReconciliation(configuration, db, disks, targets)
 
@@ -64,6 +65,8 @@ class Reconciler:
                 await trio.to_thread.run_sync(self._keep_mounted, row["id"], mounted[row["id"]])
                 continue
             self._blocks.forget_image(row["number"])
+            with suppress(NotFound, NotVerified):
+                self._disk_store.forget_image(self._images.reader(row["id"]))
             try:
                 with suppress(NotFound):  # removed by a pass that did not live to record it
                     await trio.to_thread.run_sync(self._images.remove, row["id"])

@@ -163,7 +163,7 @@ class OverlayMachine(RuleBasedStateMachine):
 
 
 OverlayMachine.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

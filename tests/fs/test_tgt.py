@@ -278,23 +278,19 @@ def test_missing_file_leaves_no_target(bench: Bench) -> None:
     bench.run(lambda: bench.tgt.remove(1))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("backing", Path("/tmp/a,bstype=null")),
-        ("chap_secret", "a,b"),
-        ("initiator", "iqn.2026-11.org.example:x,y"),
-        ("iqn", "iqn.2026-11.org.stratocache:a\nb"),
-    ],
-)
-def test_values_that_would_be_parameters_are_refused(
-    bench: Bench, field: str, value: object
-) -> None:
+def test_values_that_would_be_parameters_are_refused(bench: Bench) -> None:
     """A comma or a line end, which tgtd would read as something else, is refused before."""
-    with pytest.raises(InvalidInput) as caught:
-        bench.create(replace(bench.target(), **{field: value}))
+    good = bench.target()
+    for field, bad in (
+        ("backing", replace(good, backing=Path("/tmp/a,bstype=null"))),
+        ("chap_secret", replace(good, chap_secret="a,b")),
+        ("initiator", replace(good, initiator="iqn.2026-11.org.example:x,y")),
+        ("iqn", replace(good, iqn="iqn.2026-11.org.stratocache:a\nb")),
+    ):
+        with pytest.raises(InvalidInput) as caught:
+            bench.create(bad)
+        assert (caught.value.code, caught.value.field) == ("target-value-unfit", field)
 
-    assert (caught.value.code, caught.value.field) == ("target-value-unfit", field)
     assert bench.run(bench.tgt.list) == {}
 
 

@@ -107,7 +107,7 @@ class Supervised:
         found = {}
         tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         for pid in map(int, tasks.read_text().split()):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
                 if line:
                     found[pid] = line.split("\0")
@@ -184,12 +184,14 @@ def _serve_api(config_json: Path) -> None:
     """Be an API: listen on its socket, and have a child process, as gunicorn has."""
     configuration = Configuration.model_validate_json(config_json.read_bytes())
     configuration.api_socket.unlink(missing_ok=True)
-    with socketserver.UnixStreamServer(
-        str(configuration.api_socket), socketserver.BaseRequestHandler
-    ) as server:
-        with subprocess.Popen(["sleep", "1000"]) as worker:
-            signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+    with (
+        socketserver.UnixStreamServer(
+            str(configuration.api_socket), socketserver.BaseRequestHandler
+        ) as server,
+        subprocess.Popen(["sleep", "1000"]) as worker,
+    ):
+        signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,161 @@
+"""A FUSE connection that outlives who serves it."""
+
+import json
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.fuse_child import DISK_BYTES
+
+from stratocache.cache.configuration import Configuration
+from stratocache.fs.fuse_mount import FuseMount, unmount_stale
+from stratocache.fs.run_directory import RunDirectory
+
+pytestmark = pytest.mark.root
+
+# the process that holds the connection must not have files of the mount open: others do the I/O
+READER = """
+import os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+print("open", flush=True)
+for line in sys.stdin:
+    number = int(line)
+    os.pwrite(descriptor, bytes([number]) * 4096, number * 4096)
+    print(os.pread(descriptor, 4096, number * 4096) == bytes([number]) * 4096, flush=True)
+"""
+
+
+@dataclass
+class Connection:
+    """A mount held by the test, and where its servers find things."""
+
+    mount: FuseMount
+    directory: RunDirectory
+    config_json: Path
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        """Start a server; return when it serves."""
+        reader, writer = os.pipe()
+        descriptor = self.mount.descriptor
+        process = subprocess.Popen(
+            [sys.executable, "-m", "support.fuse_child", "--config-json", str(self.config_json),
+             "--fuse-fd", str(descriptor), "--ready-fd", str(writer)],
+            pass_fds=(descriptor, writer),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            assert pipe.read(1) == b"R"
+        return process
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[Connection]:
+    """A mounted connection that nobody serves yet."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(tmp_path / "state")
+    directory.blocks.mkdir()
+    (tmp_path / "state" / "disk").write_bytes(bytes(DISK_BYTES))
+    configuration = Configuration(state_dir=tmp_path / "state", run_dir=directory.path)
+    config_json = tmp_path / "configuration.json"
+    config_json.write_text(configuration.model_dump_json())
+    mount = FuseMount(directory.blocks, directory.init_request)
+    try:
+        yield Connection(mount, directory, config_json)
+    finally:
+        mount.unmount()
+        assert unmount_stale(directory.blocks) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_open_file_goes_on_with_the_next_server(
+    connection: Connection, number: signal.Signals
+) -> None:
+    """A file opened under the first server is read and written under the third, no error between."""
+    server = connection.serve()
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, str(connection.directory.blocks / "disk")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as reader:  # fmt: skip
+        assert reader.stdin is not None and reader.stdout is not None
+        assert reader.stdout.readline() == "open\n"
+        for turn in range(3):
+            reader.stdin.write(f"{turn}\n")
+            reader.stdin.flush()
+            assert reader.stdout.readline() == "True\n"
+            server.send_signal(number)
+            server.wait()
+            reader.stdin.write(f"{turn + 100}\n")  # waits in the kernel meanwhile
+            reader.stdin.flush()
+            if connection.mount.can_resend:
+                connection.mount.resend()
+            server = connection.serve()
+            assert reader.stdout.readline() == "True\n"
+        reader.stdin.close()
+    server.kill()
+    server.wait()
+
+
+def test_init_request_is_kept_privately(connection: Connection) -> None:
+    """The recorded request is FUSE_INIT as the kernel sent it, readable by root only."""
+    request = connection.directory.init_request.read_bytes()
+    length, opcode = struct.unpack_from("<II", request)
+
+    assert (length, opcode) == (len(request), 26)
+    assert stat.S_IMODE(connection.directory.init_request.stat().st_mode) == 0o600
+    release = tuple(map(int, os.uname().release.split(".")[:2]))
+    assert connection.mount.can_resend == (release >= (6, 9))
+
+
+def test_modes_are_enforced_by_the_kernel(connection: Connection) -> None:
+    """Another user reads what everybody may read, and not the disk."""
+    server = connection.serve()
+    for folder in connection.directory.blocks.parents:
+        if folder.is_relative_to("/tmp/") and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    try:
+        for name, status in (("image", 0), ("disk", 1)):
+            done = subprocess.run(
+                ["head", "-c", "1", str(connection.directory.blocks / name)],
+                check=False, capture_output=True, user=65534,
+            )  # fmt: skip
+            assert done.returncode == status, done.stderr
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_unmount_frees_whoever_waits(connection: Connection) -> None:
+    """A reader that waits for a server which never comes gets an error, not a hang, at the end."""
+    with subprocess.Popen(
+        ["cat", str(connection.directory.blocks / "disk")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as reader:  # fmt: skip
+        with pytest.raises(subprocess.TimeoutExpired):
+            reader.wait(0.2)
+        assert connection.mount.connected
+        subprocess.run(["umount", "-f", "-l", str(connection.directory.blocks)], check=True)
+        assert reader.wait(10) != 0
+
+    assert not connection.mount.connected
+
+
+def test_server_is_locked_in_memory(connection: Connection) -> None:
+    """All that the server maps stays resident, where locking is allowed at all."""
+    server = connection.serve()
+    try:
+        status = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in status)
+        may_lock = bool(int(fields["CapEff"], 16) >> 14 & 1)
+        print(json.dumps({name: fields[name].strip() for name in ("VmLck", "VmRSS")}))
+        assert (int(fields["VmLck"].split()[0]) > 0) or not may_lock
+    finally:
+        server.kill()
+        server.wait()
