@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.fuse_child import export
 from support.iscsi import Guest, Initiator
-from support.supervised import Supervised, wait_for_end
+from support.supervised import START_TIMEOUT_S, Supervised, wait_for_end
 
 from stratocache.fs.run_directory import RunDirectory
 
@@ -46,9 +46,13 @@ def appliance(tmp_path: Path) -> Iterator[Supervised]:
 
 
 def initiator(supervised: Supervised) -> Initiator:
-    """Return an initiator of the exported disk."""
+    """Return an initiator of the exported disk, once the target that follows tgtd's start is there."""
     target = export(supervised.directory.path)
-    return Initiator(supervised.port, target.iqn, target.chap_username, target.chap_secret)
+    found = Initiator(supervised.port, target.iqn, target.chap_username, target.chap_secret)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while found.inquiry().returncode != 0:
+        assert time.monotonic() < deadline, supervised.tail()
+    return found
 
 
 @pytest.mark.slow
