@@ -33,6 +33,7 @@ _SUFFIX = ".caibx"
 _IMAGE_BYTES_MAX = 64 * 1024**4
 """No manifest of ours describes more; it bounds the memory that a damaged file can claim."""
 _SWEEP_SHARDS = 16
+_READ_AHEAD_CHUNKS = 4
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 
 
@@ -88,7 +89,18 @@ class ImageReader:
         descriptor = self._chunks.opened(digest)
         if descriptor is None:
             return None
+        if start == 0:
+            self._read_ahead(index)
         return _read_exactly(descriptor, size, start)
+
+    def _read_ahead(self, index: int) -> None:
+        """Ask the kernel for the chunks behind one: its own read-ahead ends with each file."""
+        last = min(index + _READ_AHEAD_CHUNKS, self.manifest.chunk_count - 1)
+        for ahead in range(index + 1, last + 1):
+            digest = self.chunk(ahead)
+            descriptor = None if digest is None else self._chunks.opened(digest)
+            if descriptor is not None:
+                os.posix_fadvise(descriptor, 0, CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
 
     def _read_pieces_nowait(self, offset: int, size: int) -> bytearray | None:
         # One buffer that preadv fills, rather than pieces that a join copies again.

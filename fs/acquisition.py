@@ -183,6 +183,10 @@ class Acquisition:
                 "DELETE FROM images WHERE id = ? AND state = 'fetching'", (identifier,)
             )
 
+    def statistics(self) -> dict[str, int]:
+        """Return how many wait for each image that is in flight."""
+        return {image_id: flight.waiters for image_id, flight in self._flights.items()}
+
     def tidy(self) -> None:
         """Drop images that are neither complete nor in flight, unless an operation may want them.
 

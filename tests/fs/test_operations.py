@@ -49,6 +49,7 @@ class Host:
     images: ImageStore
     configuration: Configuration
     woken: list[None] = field(default_factory=list)
+    acquisition: Acquisition | None = None
 
     def publish(self, **fields: object) -> None:
         """Offer the image, or a description of it that is wrong in some way."""
@@ -71,6 +72,7 @@ class Host:
                     nursery,
                 )
                 acquisition.sweep()
+                self.acquisition = acquisition
                 operations = Operations(
                     self.db, acquisition, nursery, lambda: self.woken.append(None)
                 )
@@ -241,6 +243,9 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
     second = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
+        assert host.acquisition is not None
+        while host.acquisition.statistics().get(IDENTIFIER) != 2:
+            await trio.lowlevel.checkpoint()
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, first.id)
         operations.look()

@@ -95,7 +95,12 @@ class Guest:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._rounds = 0
-        self._until_prompt("log in")
+        try:
+            self._until_prompt("log in")
+        except BaseException:
+            self._process.kill()
+            self._process.communicate()
+            raise
 
     def round(self) -> float:
         """Write 4 KiB, flush every eighth time, read back; return the longest wait in seconds."""

@@ -45,4 +45,8 @@ def _leave_behind(folder: Path) -> subprocess.Popen[bytes]:
     device = run_program(["losetup", "--find", "--show", "--read-only", "-o", "1MiB", image])
     run_program(["mount", "-o", "ro,noload", device.strip(), mount])
     environment = {**os.environ, "STRATOCACHE_CONFIG": str(folder / "none.toml")}
-    return subprocess.Popen(["sleep", "600"], env=environment)
+    process = subprocess.Popen(["sleep", "600"], env=environment)
+    # exec(2) has succeeded a moment before the kernel shows the new environment
+    while not Path(f"/proc/{process.pid}/environ").read_bytes():
+        pass
+    return process

@@ -1,0 +1,71 @@
+"""What every test session does first: say what is missing, and sweep what a killed one left."""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+# Where pytest keeps a session's folders; `.lock` holds the session's process id.
+_SESSION = re.compile(r"(/\S*?/pytest-of-[^/\s]+/pytest-[0-9]+)(?=/)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail a test that needs what this machine lacks, in one line: missing is not passing."""
+    if item.get_closest_marker("root") is not None:
+        if os.geteuid() != 0:
+            pytest.fail("needs root, for FUSE, mounts and loop devices", pytrace=False)
+        for device in ("/dev/fuse", "/dev/loop-control"):
+            if not os.access(device, os.R_OK | os.W_OK):
+                pytest.fail(f"needs {device}; load its kernel module", pytrace=False)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Take down the processes, mounts and loop devices of sessions that are dead."""
+    if os.geteuid() != 0:
+        return
+    for pid, text in _processes():
+        if _is_of_dead_session(text):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for path in reversed(mounts):
+        if _is_of_dead_session(path + "/"):
+            subprocess.run(["umount", "-f", "-l", path], check=False, capture_output=True)
+    devices = subprocess.run(
+        ["losetup", "-n", "-O", "NAME,BACK-FILE"], check=False, capture_output=True, text=True
+    )
+    for line in devices.stdout.splitlines():
+        if _is_of_dead_session(line):
+            subprocess.run(["losetup", "-d", line.split()[0]], check=False)
+
+
+def _is_of_dead_session(text: str) -> bool:
+    found = _SESSION.search(text)
+    if found is None:
+        return False
+    try:
+        pid = int(Path(found[1], ".lock").read_text())
+    except (OSError, ValueError):
+        return True
+    return not Path(f"/proc/{pid}").exists()
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    """Yield the processes with their command lines, but not this one and its parent.
+
+    Those of another root directory are left out: their paths are not ours.
+    """
+    own = {os.getpid(), os.getppid()}
+    root = os.readlink("/proc/self/root")
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in own:
+            with suppress(OSError):
+                if os.readlink(entry / "root") != root:
+                    continue
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                yield int(entry.name), line.decode(errors="replace")
