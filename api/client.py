@@ -6,6 +6,7 @@ commands spend mostly on starting.
 
 import http.client
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ Document = dict[str, Any]
 Report = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all (None = not known)."""
 
+_UNDER_WAY = frozenset({"pending", "running"})
 FINISHED = ("done", "failed", "cancelled")
 _POLL_S = 1
 _CANCEL_WAIT_S = 60
@@ -100,12 +102,24 @@ class Client:
             after = answer["next"]
         return found
 
+    def begin(self, path: str, body: Document) -> Document:
+        """POST what begins an operation. Ctrl-C is held back until `follow`, which can cancel it."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        operation: Document = {}
+        try:
+            operation = self.post(path, body, wait=0)
+        finally:
+            if operation.get("state") not in _UNDER_WAY:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return operation
+
     def follow(self, operation: Document, report: Report) -> Document:
         """Wait for an operation's end, telling `report` of progress; return it when it is done.
 
         Ctrl-C cancels it. Raises the error that it failed with.
         """
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while operation["state"] not in FINISHED:
                 operation = self._poll(operation)
                 report(operation["progress_bytes"], operation["total_bytes"])

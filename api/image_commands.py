@@ -25,7 +25,7 @@ def image() -> None:
 @click.pass_obj
 def fetch(session: Session, reference: str, pin: bool) -> None:
     """Bring an image into the cache and write its id; Ctrl-C cancels the fetch."""
-    operation = session.client.post("/v1/images", {"reference": reference, "pin": pin}, wait=0)
+    operation = session.client.begin("/v1/images", {"reference": reference, "pin": pin})
     done = session.follow(operation, "fetch")
     document = session.client.get(_path(done["result"]["image"]))
     session.show(document, document["id"])

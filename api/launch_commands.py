@@ -55,7 +55,7 @@ def launch(
     _require_runner(runner)
     session.as_json = session.as_json or format_ == "json"
     body = {name: value for name, value in wanted.items() if value is not None}
-    document = session.client.post("/v1/launches", body, wait=0)
+    document = session.client.begin("/v1/launches", body)
     if "attachments" not in document:
         session.follow(document, "launch")
         document = session.client.get(_path(wanted["instance"]))
