@@ -5,6 +5,7 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.cache_commands import promise_line
 from stratocache.api.check_commands import check
 from stratocache.api.content_commands import download, import_options, upload
 from stratocache.api.session import Session, SizeType, json_option
@@ -57,11 +58,13 @@ for command in (hydrate, resize, restore, rollback, save, snapshot, snapshot_rm,
 def create(session: Session, /, **wanted: Any) -> None:
     """Create a disk and write its UUID."""
     body = {name: value for name, value in wanted.items() if value is not None}
-    operation = session.client.post("/v1/disks", body, wait=0)
+    operation = session.client.begin("/v1/disks", body)
     uuid = operation.get("uuid")
     if uuid is None:
         uuid = session.follow(operation, "create")["subject"]
     session.show(session.client.get(_path(uuid)), uuid)
+    if not session.as_json:
+        click.echo(promise_line(session.client.get("/v1/cache")), err=True)
 
 
 @disk.command()

@@ -10,6 +10,8 @@ from stratocache.cache.errors import InvalidInput
 WAIT_S_MAX = 600
 PAGE_LENGTH = 100
 PAGE_LENGTH_MAX = 1000
+_NUMBER_DIGITS = 20
+_NUMBER_MAX = 2**63 - 1
 
 Item = TypeVar("Item")
 
@@ -62,13 +64,38 @@ def page(
     Items are ordered by their cursor. A cursor stays good when its item is gone. Raises
     `InvalidInput` (`parameter-invalid`).
     """
+    limit, after = _limits(request)
+    ordered = sorted((cursor_of(item), item) for item in items)
+    rest = [(cursor, item) for cursor, item in ordered if cursor > after]
+    chosen = [item for _cursor, item in rest[:limit]]
+    return chosen, (rest[limit - 1][0] if len(rest) > limit else None)
+
+
+def numbered_page(
+    request: falcon.Request,
+    select: Callable[[int, int], list[Item]],
+    number_of: Callable[[Item], int],
+) -> tuple[list[Item], str | None]:
+    """Do as `page` for items that have numbers, without reading those of other pages.
+
+    `select` returns at most as many as its second argument, in order, of a number greater than its
+    first. Raises `InvalidInput` (`parameter-invalid`).
+    """
+    limit, after = _limits(request)
+    if after and not (after.isascii() and after.isdigit() and len(after) <= _NUMBER_DIGITS):
+        raise InvalidInput(
+            "parameter-invalid", "after is what next was on the page before.", field="after"
+        )
+    items = select(min(int(after or "0"), _NUMBER_MAX), limit + 1)
+    chosen = items[:limit]
+    more = len(items) > limit
+    return chosen, f"{number_of(chosen[-1]):0{_NUMBER_DIGITS}d}" if more else None
+
+
+def _limits(request: falcon.Request) -> tuple[int, str]:
     text = request.get_param("limit") or str(PAGE_LENGTH)
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= PAGE_LENGTH_MAX):
         raise InvalidInput(
             "parameter-invalid", f"limit is a number from 1 to {PAGE_LENGTH_MAX}.", field="limit"
         )
-    limit, after = int(text), request.get_param("after") or ""
-    ordered = sorted((cursor_of(item), item) for item in items)
-    rest = [(cursor, item) for cursor, item in ordered if cursor > after]
-    chosen = [item for _cursor, item in rest[:limit]]
-    return chosen, (rest[limit - 1][0] if len(rest) > limit else None)
+    return int(text), request.get_param("after") or ""

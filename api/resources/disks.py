@@ -1,7 +1,5 @@
 """`/v1/disks`: block devices that somebody owns."""
 
-from collections import defaultdict
-
 import falcon
 
 from stratocache.api import answers, query
@@ -9,9 +7,9 @@ from stratocache.api.models import DiskChange, DiskCreation, read_body
 from stratocache.api.representations import DiskView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import InvalidInput
-from stratocache.fs import disk_intents, inventory
+from stratocache.fs import disk_intents, inventory, space_plan
 from stratocache.fs.import_intents import ImportRequest, import_disk
-from stratocache.fs.records import Attachment, Caller, DiskRequest, Operation
+from stratocache.fs.records import Caller, Disk, DiskRequest, Operation
 from stratocache.fs.state import Database
 
 
@@ -25,17 +23,15 @@ class DiskCollection:
         """List the disks that the caller may see; `?state=`, `?tag=` and `?owner=` choose."""
         query.require_known(request, "limit", "after", "state", "tag", "owner")
         state, tag, owner = (request.get_param(name) for name in ("state", "tag", "owner"))
-        found = [
-            disk
-            for disk in inventory.disks(self._service.db, answers.caller(request))
-            if (state is None or disk.state == state)
-            and (tag is None or disk.tag == tag)
-            and (owner is None or disk.owner == owner)
-        ]
-        chosen, after = query.page(request, found, lambda disk: f"{disk.number:020d}")
-        held: defaultdict[str | None, list[Attachment]] = defaultdict(list)
-        for attachment in inventory.attachments(self._service.db):
-            held[attachment.disk_uuid].append(attachment)
+        db, caller = self._service.db, answers.caller(request)
+
+        def select(after: int, limit: int) -> list[Disk]:
+            return inventory.disks(
+                db, caller, state=state, tag=tag, owner=owner, after=after, limit=limit
+            )
+
+        chosen, after = query.numbered_page(request, select, lambda disk: disk.number)
+        held = inventory.attachments_of(db, chosen)
         views = [DiskView.of(disk, held[disk.uuid]) for disk in chosen]
         answers.show_page(response, "disks", views, after)
 
@@ -87,6 +83,7 @@ class DiskItem:
         growth = None
         if wanted.size_bytes not in (None, view.size_bytes):
             assert wanted.size_bytes is not None
+            space_plan.admit(self._service.configuration, self._service.db, uuid, wanted.size_bytes)
             growth = disk_intents.resize_disk(self._service.db, caller, uuid, wanted.size_bytes)
         disk_intents.update_disk(
             self._service.db,

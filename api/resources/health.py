@@ -16,6 +16,7 @@ CAPABILITIES = (
     "attachments",
     "snapshots",
     "operations",
+    "cache",
     "catalogue:stratuslab",
     "target:tgt",
 )

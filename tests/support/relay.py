@@ -78,7 +78,7 @@ class Relay:
                     break
                 try:
                     sink.sendall(data)
-                except BrokenPipeError:
+                except (BrokenPipeError, ConnectionResetError):
                     return  # what it said before it hung up is still on its way
                 carried += len(data)
         ended.set()
