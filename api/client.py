@@ -187,7 +187,8 @@ class Client:
         connection = _UnixConnection(self._socket_path, _EXCHANGE_S)
         try:
             try:
-                with suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it read everything
+                # it may have answered before it read everything
+                with suppress(BrokenPipeError, ConnectionResetError):
                     connection.request(method, path, body, headers)
                 response = connection.getresponse()
                 content = b"" if response.status in _SUCCESSES else response.read()
