@@ -1,6 +1,8 @@
 """Reads of the state database: what exists, by name, for those who may see it."""
 
+import json
 import time
+from collections.abc import Sequence
 
 from stratocache.cache.errors import NotFound
 from stratocache.fs import records
@@ -38,12 +40,32 @@ def image(db: Database, image_id: str) -> Image:
     return found
 
 
-def disks(db: Database, caller: Caller) -> list[Disk]:
-    """Return the disks that the caller may see (own, public, or all for an administrator)."""
+def disks(
+    db: Database,
+    caller: Caller,
+    *,
+    state: str | None = None,
+    tag: str | None = None,
+    owner: str | None = None,
+    after: int = 0,
+    limit: int | None = None,
+) -> list[Disk]:
+    """Return the disks that the caller may see (own, public, or all for an administrator).
+
+    In the order of their numbers: at most `limit` of a greater number than `after`, of those that
+    match every given value.
+    """
+    given = {"state": state, "tag": tag, "owner": owner}
+    wanted = {column: value for column, value in given.items() if value is not None}
+    conditions = "".join(f" AND {column} = ?" for column in wanted)
     rows = db.rows(
-        "SELECT * FROM disks WHERE ? OR owner = ? OR visibility = 'public' ORDER BY number",
+        "SELECT * FROM disks WHERE number > ? AND (? OR owner = ? OR visibility = 'public')"
+        f"{conditions} ORDER BY number LIMIT ?",
+        after,
         caller.administrator,
         caller.name,
+        *wanted.values(),
+        -1 if limit is None else limit,
     )
     return [records.disk_from(row) for row in rows]
 
@@ -127,6 +149,19 @@ def attachments(
         *wanted.values(),
     )
     return [records.attachment_from(row) for row in rows]
+
+
+def attachments_of(db: Database, disks: Sequence[Disk]) -> dict[str, list[Attachment]]:
+    """Return the attachments of some disks, by UUID."""
+    found: dict[str, list[Attachment]] = {disk.uuid: [] for disk in disks}
+    rows = db.rows(
+        "SELECT * FROM attachments WHERE disk_uuid IN (SELECT value FROM json_each(?)) "
+        "ORDER BY instance, position, number",
+        json.dumps(list(found)),
+    )
+    for row in rows:
+        found[row["disk_uuid"]].append(records.attachment_from(row))
+    return found
 
 
 def attachment(db: Database, attachment_id: str) -> Attachment:

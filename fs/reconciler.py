@@ -6,6 +6,7 @@ anywhere is repaired by the next pass. Passes never overlap.
 """
 
 import logging
+import sqlite3
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ from stratocache.fs.disks import DiskStore
 from stratocache.fs.manifests import Manifests
 from stratocache.fs.operations import fail, finish
 from stratocache.fs.partition import mounted_images
+from stratocache.fs.records import Launch
 from stratocache.fs.state import Database, record_event
 from stratocache.fs.target import TargetDaemon
 from stratocache.fs.target_reconciliation import TargetReconciliation
@@ -106,29 +108,32 @@ class Reconciler:
             "SELECT * FROM launches WHERE state = 'ending' "
             "OR state = 'preparing' AND boot_disk IS NOT NULL"
         )
-        for row in rows:
-            launch = records.launch_from(row)
-            items = inventory.attachments(self._db, instance=launch.instance)
-            with self._db.transaction() as connection:
-                if launch.state == "preparing" and all(item.state == "ready" for item in items):
-                    connection.execute(
-                        "UPDATE launches SET state = 'active' WHERE instance = ?",
-                        (launch.instance,),
-                    )
-                    finish(connection, "launch", launch.instance, {"instance": launch.instance})
-                boot = inventory.find_disk(self._db, launch.boot_disk or "")
-                # one that is there for good is in quarantine, or was
-                gone = not items and (boot is None or boot.state == "available")
-                if launch.state == "ending" and gone:
-                    connection.execute(
-                        "DELETE FROM launches WHERE instance = ?", (launch.instance,)
-                    )
-                    finish(connection, "halt", launch.instance, {})
-                    started = inventory.operation(self._db, launch.operation_id)
-                    if started.error is not None:
-                        error = from_record(cast(ErrorRecord, started.error))
-                        fail(connection, "launch", launch.instance, error)
-                    record_event(
-                        connection, "launch.ended", launch.instance,
-                        f"Nothing of instance {launch.instance} is left.",
-                    )  # fmt: skip
+        if not rows:
+            return
+        # one transaction for all: each costs a flush
+        with self._db.transaction() as connection:
+            for row in rows:
+                self._settle_launch(connection, records.launch_from(row))
+
+    def _settle_launch(self, connection: sqlite3.Connection, launch: Launch) -> None:
+        items = inventory.attachments(self._db, instance=launch.instance)
+        if launch.state == "preparing" and all(item.state == "ready" for item in items):
+            connection.execute(
+                "UPDATE launches SET state = 'active' WHERE instance = ? AND state = 'preparing'",
+                (launch.instance,),
+            )
+            finish(connection, "launch", launch.instance, {"instance": launch.instance})
+        boot = inventory.find_disk(self._db, launch.boot_disk or "")
+        # one that is there for good is in quarantine, or was
+        gone = not items and (boot is None or boot.state == "available")
+        if launch.state == "ending" and gone:
+            connection.execute("DELETE FROM launches WHERE instance = ?", (launch.instance,))
+            finish(connection, "halt", launch.instance, {})
+            started = inventory.operation(self._db, launch.operation_id)
+            if started.error is not None:
+                error = from_record(cast(ErrorRecord, started.error))
+                fail(connection, "launch", launch.instance, error)
+            record_event(
+                connection, "launch.ended", launch.instance,
+                f"Nothing of instance {launch.instance} is left.",
+            )  # fmt: skip

@@ -93,6 +93,9 @@ class TargetDaemon(Protocol):
     async def ping(self) -> None:
         """Return when the daemon answers."""
 
+    def incarnation(self) -> object:
+        """Return what is another for a daemon that was started anew, and so has no targets."""
+
     async def list(self) -> dict[int, ActualTarget]:
         """Return every target, complete or not, by number."""
 

@@ -8,7 +8,7 @@ import trio
 
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Cancelled, StratocacheError, Unreachable
-from stratocache.fs import intents, inventory
+from stratocache.fs import intents, inventory, records
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.layers import RAW_DATA
 from stratocache.fs.operations import fail, finish, undo_launch
@@ -18,9 +18,21 @@ from stratocache.fs.target import ActualTarget, Target, TargetDaemon, iqn_of, se
 
 log = logging.getLogger(__name__)
 
+_LOOK_INTERVAL_S = 30.0
+_CHANGED = """
+    SELECT attachments.* FROM attachments LEFT JOIN disks ON disks.uuid = disk_uuid
+    WHERE attachments.state <> 'ready' OR attachments.generation <> disks.generation
+    ORDER BY attachments.number
+"""
+
 
 class TargetReconciliation:
-    """Makes targets agree with attachments; every step may be done twice."""
+    """Makes targets agree with attachments; every step may be done twice.
+
+    What targets there are is looked at only when it may not be known: at first, when the daemon was
+    started anew, after anything went wrong, and now and then. Else only rows that are not at rest
+    are.
+    """
 
     def __init__(
         self, configuration: Configuration, db: Database, disks: DiskStore, targets: TargetDaemon
@@ -30,6 +42,9 @@ class TargetReconciliation:
         self._disks = disks
         self._targets = targets
         self._secrets = configuration.run_dir / "secrets"
+        self._known: object = None
+        """The daemon's incarnation whose targets are what the rows say, as far as they are at rest."""
+        self._looked_at = 0.0
 
     async def release(self, disk_uuid: str) -> bool:
         """Let go of a disk's file: remove its targets, until `reconcile` makes them again.
@@ -37,33 +52,66 @@ class TargetReconciliation:
         Return False when one of them stays for now.
         """
         released = True
+        self._known = None
         for item in inventory.attachments(self._db, disk_uuid=disk_uuid):
             released &= await self._remove_target(item.number)
         return released
 
     async def reconcile(self) -> bool:
         """Make targets agree with attachments; return False when that must be tried again."""
-        wanted = await trio.to_thread.run_sync(self._wanted_targets)
-        removing = [item for item in inventory.attachments(self._db) if item.state == "removing"]
-        try:
-            actual = await self._targets.list()
-        except Unreachable as error:
-            log.info("targets wait: %s", error)
-            return False
+        incarnation = self._targets.incarnation()
+        known = (
+            incarnation is not None
+            and incarnation == self._known
+            and trio.current_time() < self._looked_at + _LOOK_INTERVAL_S
+        )
+        self._known = None
+        if known:
+            items = [records.attachment_from(row) for row in self._db.rows(_CHANGED)]
+            actual: dict[int, ActualTarget] = {}
+            settled = not items or await self._settle(items, actual, known=True)
+        else:
+            self._looked_at = trio.current_time()
+            items = await trio.to_thread.run_sync(self._all)
+            try:
+                actual = await self._targets.list()
+            except Unreachable as error:
+                log.info("targets wait: %s", error)
+                return False
+            settled = True
+            for number in set(actual) - {item.number for item in items}:
+                settled &= await self._remove_target(number)
+            settled &= await self._settle(items, actual, known=False)
+        if settled:
+            self._known = incarnation
+        return settled
+
+    async def _settle(
+        self, items: list[Attachment], actual: dict[int, ActualTarget], *, known: bool
+    ) -> bool:
+        """Make the targets of some attachments agree; return False if that must be tried again.
+
+        When they are `known`, those that are ready have a target and those that are wanted none.
+        """
+        wanted = await trio.to_thread.run_sync(self._wanted_targets, items)
         settled = True
         ended: list[Attachment] = []
-        stale = set(actual) - set(wanted) - {item.number for item in removing}
-        for number in stale:
-            settled &= await self._remove_target(number)
-        for item in removing:
-            if item.number not in actual or await self._remove_target(item.number):
-                ended.append(item)
-            else:
-                settled = False
+        for item in items:
+            if item.state == "removing":
+                gone = not known and item.number not in actual
+                if gone or await self._remove_target(item.number):
+                    ended.append(item)
+                else:
+                    settled = False
+            elif item.number not in wanted:
+                there = item.state == "ready" if known else item.number in actual
+                settled &= not there or await self._remove_target(item.number)
         made: list[tuple[Attachment, int]] = []
         failed: list[tuple[Attachment, StratocacheError]] = []
         for item, target, generation in wanted.values():
             try:
+                if known and item.state == "ready":
+                    await self._targets.remove(item.number)
                 await self._make_target(item, target, generation, actual.get(item.number))
                 if item.state == "wanted" or item.generation != generation:
                     made.append((item, generation))
@@ -97,20 +145,24 @@ class TargetReconciliation:
             return False
         return True
 
-    def _wanted_targets(self) -> dict[int, tuple[Attachment, Target, int]]:
+    def _all(self) -> list[Attachment]:
+        """Return every attachment; the files of secrets that belong to none go."""
+        items = inventory.attachments(self._db)
+        self._secrets.mkdir(mode=0o700, exist_ok=True)
+        for name in set(os.listdir(self._secrets)) - {item.id for item in items}:
+            (self._secrets / name).unlink(missing_ok=True)
+        return items
+
+    def _wanted_targets(self, items: list[Attachment]) -> dict[int, tuple[Attachment, Target, int]]:
         """Return the targets that should be, by number, with the generation of what they export;
         their secrets' files are written."""
         wanted = {}
-        items = inventory.attachments(self._db)
-        self._secrets.mkdir(mode=0o700, exist_ok=True)
         for item in items:
             backing = None if item.state == "removing" else self._backing(item)
             if backing is not None:
                 path, generation = backing
                 wanted[item.number] = (item, _target(item, path), generation)
                 _write_secret(self._secrets / item.id, item.chap_secret)
-        for name in set(os.listdir(self._secrets)) - {item.id for item in items}:
-            (self._secrets / name).unlink(missing_ok=True)
         return wanted
 
     def _backing(self, item: Attachment) -> tuple[Path, int] | None:

@@ -55,10 +55,21 @@ class Tgt:
         self._answer_timeout_s = answer_timeout_s
         self._busy_timeout_s = busy_timeout_s
         self._changing = trio.Lock()
+        self._control = control
+        self._discovery_closed: object = None
+        """The incarnation whose discovery is known to be refused."""
 
     async def ping(self) -> None:
         """Return when tgtd answers."""
         await self._tgtd.request(Mode.SYSTEM, Operation.SHOW)
+
+    def incarnation(self) -> object:
+        """Return which socket tgtd listens on: it makes a new one whenever it starts."""
+        try:
+            found = self._control.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_ctime_ns
 
     async def list(self) -> dict[int, ActualTarget]:
         """Return every target, complete or not, by number."""
@@ -79,7 +90,8 @@ class Tgt:
         """Make a target, complete before anybody can log in; see `TargetDaemon.create`."""
         _check(target)
         async with self._changing:
-            await self._close_discovery()
+            if self.incarnation() != self._discovery_closed:
+                await self._close_discovery()
             try:
                 await self._new_target(target)
             except Refused as refusal:
@@ -92,6 +104,8 @@ class Tgt:
                 await self._new_target(target)
             try:
                 await self._complete(target)
+                if self.incarnation() != self._discovery_closed:
+                    await self._close_discovery()  # started anew meanwhile
             except BaseException:
                 with trio.move_on_after(self._answer_timeout_s, shield=True):
                     with suppress(StratocacheError):
@@ -106,10 +120,12 @@ class Tgt:
     # -- steps
 
     async def _close_discovery(self) -> None:
+        incarnation = self.incarnation()
         account = f"user={_DISCOVERY_USER},password={secrets.token_hex(16)}"
         await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account, accept="USER_EXIST")
         user = f"user={_DISCOVERY_USER}"
         await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, accept="USER_EXIST")
+        self._discovery_closed = incarnation
 
     async def _new_target(self, target: Target) -> None:
         await self._tgtd.request(

@@ -17,13 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import images, iscsi, launches
+from bench import images, iscsi, launches, listing, pool
 from bench.result import Result
 
 SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
     "iscsi": iscsi.measure,
     "images": images.measure,
     "launches": launches.measure,
+    "listing": listing.measure,
+    "pool": pool.measure,
 }
 
 

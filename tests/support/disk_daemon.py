@@ -50,6 +50,10 @@ class MemoryTargets:
     async def ping(self) -> None:
         """Answer."""
 
+    def incarnation(self) -> object:
+        """It dies only while no process is there."""
+        return self
+
     async def sessions(self, number: int) -> tuple[Session, ...]:
         """Nobody is logged in."""
         return ()
