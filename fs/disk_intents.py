@@ -51,7 +51,7 @@ def _insert_clone(
     snapshot_id: str,
 ) -> None:
     snapshot = inventory.snapshot(db, caller, snapshot_id)
-    if snapshot.state != "available":
+    if snapshot.transient or snapshot.state != "available":
         raise Conflict(
             "snapshot-busy",
             f"Snapshot {snapshot_id} is {snapshot.state}; try again when it is not.",

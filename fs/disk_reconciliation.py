@@ -68,6 +68,9 @@ class DiskReconciliation:
                 if disk.base_manifest is not None:
                     self._disks.adopt_overlay(disk.uuid, disk.base_manifest)
                 form = self._disks.form(disk.uuid)
+                if form == "raw" and disk.form == "overlay":
+                    # a promotion that died after its deciding step: the layer's other names go
+                    self._disks.finish_promotion(disk.uuid)
             except (StratocacheError, OSError):
                 log.exception("the files of disk %s cannot be looked at", disk.uuid)
                 continue

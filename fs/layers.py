@@ -149,11 +149,14 @@ class DiskFiles:
         self.storage.replace_small(self.directory / LAYOUT, layout.to_json())
 
     def remove_layer(self, layer: str) -> None:
-        """Remove the files of a layer that the layout does not name; not synced, not needed."""
-        self.storage.remove(self.data(layer))
+        """Remove the files of a layer that the layout does not name; not synced, not needed.
+
+        The live bitmap goes first: `sweep` finds a layer by its files in the disk's directory.
+        """
         if layer != RAW:
-            self.storage.remove(self.bitmap(layer))
             self.storage.remove(self.live(layer))
+            self.storage.remove(self.bitmap(layer))
+        self.storage.remove(self.data(layer))
 
     def sweep(self, layout: Layout | None) -> None:
         """Remove what a crash left: every file that the layout, None for raw, does not name."""
@@ -167,6 +170,9 @@ class DiskFiles:
         for name in sorted(set(self.storage.names(self.directory)) - named):
             # by name: nothing else of ours was ever here, and nothing else is ours to remove
             if _OURS.fullmatch(name):
+                layer = name.partition(".")[0]
+                if layer.isdecimal():
+                    self.storage.remove(self.live(layer))
                 self.storage.remove(self.directory / name)
 
 

@@ -114,6 +114,10 @@ def _changeable(db: Database, caller: Caller, uuid: str) -> Disk:
 
 
 def _require_available(snapshot: Snapshot) -> None:
+    if snapshot.transient:
+        raise Conflict(
+            "snapshot-busy", f"Snapshot {snapshot.id} is part of a save and goes with it."
+        )
     if snapshot.state != "available":
         raise Conflict(
             "snapshot-busy",

@@ -1,4 +1,7 @@
-"""What every test session does first: say what is missing, and sweep what a killed one left."""
+"""What every test session does first: say what is missing, and sweep what a killed one left.
+
+`make test` draws the same examples every time; `make crash`, which sets CRASH_ROUNDS, new ones.
+"""
 
 import os
 import re
@@ -9,6 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True)
+settings.load_profile("default" if "CRASH_ROUNDS" in os.environ else "steady")
 
 # Where pytest keeps a session's folders; `.lock` holds the session's process id.
 _SESSION = re.compile(r"(/\S*?/pytest-of-[^/\s]+/pytest-[0-9]+)(?=/)")
