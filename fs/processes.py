@@ -1,8 +1,8 @@
 """The supervisor's children: how one is started, watched, ended and started again.
 
 Standard library only. Every child has a session of its own, so that a signal of the terminal does
-not reach it before the supervisor decides; dies with the supervisor; gets the descriptors it is
-given and no others; and leaves no descendants of its session behind.
+not reach it before the supervisor decides; dies with the supervisor unless it is told not to; gets
+the descriptors it is given and no others; and leaves no descendants of its session behind.
 """
 
 import ctypes
@@ -36,6 +36,8 @@ class Launch:
     """Variables beside the inherited ones."""
     descriptors: tuple[int, ...] = ()
     """Inherited under the same numbers."""
+    dies_with_us: bool = True
+    """Whether the kernel kills it when we end."""
 
 
 class Child:
@@ -81,7 +83,8 @@ class Child:
                 list(launch.command),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=environment, pass_fds=launch.descriptors, start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - the supervisor has no threads
+                # safe, as the supervisor has no threads
+                preexec_fn=_die_with(os.getpid()) if launch.dies_with_us else None,  # noqa: PLW1509
             )  # fmt: skip
         finally:
             if output is not None:

@@ -24,6 +24,7 @@ from types import FrameType
 
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs.fuse_mount import FuseMount, unmount_stale
+from stratocache.fs.holder import Holder
 from stratocache.fs.poke import poke
 from stratocache.fs.pool import Pool
 from stratocache.fs.portal import Portal
@@ -82,17 +83,19 @@ class Supervisor:
         self._mount: FuseMount | None = None
         self._stopping = False
         self._announced = False
-        names = ("blockd", "tgtd", "api", "spare")
+        names = ("holder", "blockd", "tgtd", "api", "spare")
         self._children = {name: Child(name, self._log_file(name)) for name in names}
         self._children["spare"].due_at = math.inf
         self._standby = Standby(
             self._children["blockd"], self._children["spare"], self._commands["blockd"]
         )
+        self._holder = Holder(self._children["holder"])
         self._launch: dict[str, Callable[[], None]] = {
             "blockd": self._start_blockd,
             "spare": self._start_spare,
             "tgtd": self._start_tgtd,
             "api": self._start_api,
+            "holder": self._start_holder,
         }
 
     def _log_file(self, name: str) -> Path | None:
@@ -188,10 +191,15 @@ class Supervisor:
             Launch(
                 [self._settings.tgtd, "-f", "--iscsi", f"portal={self._portal}"],
                 {"TGT_IPC_SOCKET": os.fspath(control.with_suffix(""))},
-                # it never reads it; but the connection cannot end before it does
-                descriptors=(self._mount.descriptor,),
             )
         )
+        self._holder.hold(self._mount.descriptor, self._children["tgtd"].pidfd)
+
+    def _start_holder(self) -> None:
+        self._holder.start()
+        tgtd = self._children["tgtd"]
+        if tgtd.running and self._mount is not None:
+            self._holder.hold(self._mount.descriptor, tgtd.pidfd)
 
     def _start_api(self) -> None:
         self._children["api"].start(
@@ -229,6 +237,8 @@ class Supervisor:
             return self._standby.is_ready(child)
         if child.name == "tgtd":
             return _answers(self._directory.tgt_control)
+        if child.name == "holder":
+            return True
         return _answers(self._directory.api_socket)
 
     def _note_ready(self, child: Child) -> None:
@@ -305,6 +315,7 @@ class Supervisor:
         if self._mount is not None:
             self._mount.unmount()
             self._mount = None
+        self._holder.forget()
         for child in children.values():  # the abort frees one that waited on the mount
             child.stop(signal.SIGKILL, _STOP_TIMEOUT_S)
             self._standby.forget(child)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fuse_child import export
+from support.fuse_child import STALLED_AT, export
 from support.iscsi import Guest, Initiator
 from support.supervised import START_TIMEOUT_S, Supervised, wait_for_end
 
@@ -141,6 +141,41 @@ def test_killed_supervisor_takes_all_with_it(tmp_path: Path) -> None:
             supervised.start()
             assert supervised.mounts() == 1
             assert initiator(supervised).io("read -P 3 0 4k").returncode == 0
+
+
+def test_request_in_flight_keeps_nothing_alive(tmp_path: Path) -> None:
+    """A killed supervisor takes a tgtd with it that waits for an answer nobody will give."""
+    supervised = Supervised(tmp_path, export=True)
+    stalls = supervised.state_dir / "stalls"
+    with supervised:
+        options = initiator(supervised).image_options
+        with subprocess.Popen(
+            ["qemu-io", "-r", "-t", "none", "-c", f"read {STALLED_AT} 4k", "--image-opts", options],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as reader:  # fmt: skip
+            try:
+                deadline = time.monotonic() + START_TIMEOUT_S
+                while stalls.stat().st_size == 0:
+                    assert time.monotonic() < deadline, supervised.tail()
+                pids = list(supervised.children())
+                assert supervised.process is not None
+                supervised.process.kill()
+                supervised.wait()
+                for pid in pids:
+                    wait_for_end(pid)
+                assert reader.poll() is None  # it has seen no error
+            finally:
+                reader.kill()
+
+
+def test_killed_holder_is_replaced(appliance: Supervised) -> None:
+    """A holder killed alone is started again and ends nothing."""
+    tgtd = appliance.child("tgtd")
+
+    appliance.kill("holder")
+
+    assert appliance.child("tgtd") == tgtd
+    assert initiator(appliance).io("write -P 1 0 4k").returncode == 0
 
 
 def test_stacked_stale_mounts_are_cleaned(tmp_path: Path) -> None:
@@ -282,12 +317,13 @@ def test_aborted_mount_comes_back(appliance: Supervised) -> None:
 
 
 def test_children_inherit_only_what_they_need(appliance: Supervised) -> None:
-    """blockd has /dev/fuse, and tgtd, before whose end the connection must not end; nobody has the
-    lock, and the API's worker dies with the API."""
-    links = {name: _open_files(appliance.child(name)) for name in ("blockd", "tgtd", "api")}
+    """blockd has /dev/fuse, and the holder, but not tgtd, whose end it must not hinder; nobody has
+    the lock, and the API's worker dies with the API."""
+    names = ("blockd", "holder", "tgtd", "api")
+    links = {name: _open_files(appliance.child(name)) for name in names}
 
     assert {name: "/dev/fuse" in files for name, files in links.items()} == {
-        "blockd": True, "tgtd": True, "api": False,
+        "blockd": True, "holder": True, "tgtd": False, "api": False,
     }  # fmt: skip
     assert not any(path.endswith("serve.lock") for files in links.values() for path in files)
     api = appliance.child("api")

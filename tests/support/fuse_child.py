@@ -3,7 +3,8 @@
     disk     read-write, direct I/O, kept in STATE_DIR/disk
     image    the same bytes, cannot be opened for writing
 
-Every fsync adds a byte to STATE_DIR/syncs. With `--export` the target `EXPORT` is kept on `disk`,
+Every fsync adds a byte to STATE_DIR/syncs. A read at `STALLED_AT` is never answered; each adds a
+byte to STATE_DIR/stalls. With `--export` the target `EXPORT` is kept on `disk`,
 made again on a poke.
 """
 
@@ -27,6 +28,7 @@ from stratocache.fs.target import Target, iqn_of, serial_of
 from stratocache.fs.tgt import Tgt
 
 DISK_BYTES = 8 * 1024**2
+STALLED_AT = DISK_BYTES - 4096
 _INODES = {b"disk": pyfuse3.InodeT(2), b"image": pyfuse3.InodeT(3)}
 
 
@@ -49,6 +51,7 @@ class Files(pyfuse3.Operations):
     def __init__(self, state_dir: Path) -> None:
         super().__init__()
         self._data = os.open(state_dir / "disk", os.O_RDWR)
+        self._stalls = os.open(state_dir / "stalls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._syncs = os.open(state_dir / "syncs", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def _attributes(self, inode: pyfuse3.InodeT) -> pyfuse3.EntryAttributes:
@@ -88,6 +91,9 @@ class Files(pyfuse3.Operations):
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """Read."""
+        if off == STALLED_AT:
+            os.write(self._stalls, b"S")
+            await trio.sleep_forever()
         return os.pread(self._data, size, off)
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:

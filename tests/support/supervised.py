@@ -92,7 +92,12 @@ class Supervised:
 
     def child(self, name: str) -> int:
         """Return the process id of a child, waiting until there is one."""
-        texts = {"blockd": "support.fuse_child", "tgtd": "tgtd", "api": "--as-api"}
+        texts = {
+            "blockd": "support.fuse_child",
+            "tgtd": "tgtd",
+            "api": "--as-api",
+            "holder": "stratocache.fs.holder",
+        }
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             for pid, words in self.children().items():

@@ -1,0 +1,81 @@
+"""The last to hold the FUSE connection: ends tgtd before the connection may end.
+
+    python -m stratocache.fs.holder FD
+
+A dying process closes its files before its children get their signal, so a killed supervisor would
+abort the FUSE connection, if nobody else holds it, while tgtd still answers its initiators: they
+would get errors. `Holder` is the supervisor's side of a small process that holds `/dev/fuse` too and
+outlives the supervisor for a moment: when the socket between them closes, it kills tgtd by pidfd and
+only then ends. Standard library only. `SUPERVISOR.md`, "Deaths".
+"""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from stratocache.fs.processes import Child, Launch
+
+_HOLD = b"H"
+_DESCRIPTORS_MAX = 2
+
+
+class Holder:
+    """The supervisor's side; `child` is its process."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start the process, which holds nothing yet; raises `OSError`."""
+        self.forget()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self.child.start(
+                    Launch(
+                        [sys.executable, "-m", "stratocache.fs.holder", str(theirs.fileno())],
+                        descriptors=(theirs.fileno(),),
+                        dies_with_us=False,
+                    )
+                )
+            except BaseException:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        self._socket = ours
+
+    def hold(self, connection: int, tgtd: int) -> None:
+        """Hold a FUSE connection until a tgtd, given by its pidfd, is dead; nothing else any more."""
+        if self._socket is not None:
+            with suppress(BrokenPipeError):  # dead; the next one is told when it starts
+                socket.send_fds(self._socket, [_HOLD], [connection, tgtd])
+
+    def forget(self) -> None:
+        """Close what connects us, upon which the process ends."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Hold what is sent; when nobody is left to send, kill tgtd and let go."""
+    held: list[int] = []
+    with socket.socket(fileno=int(arguments[0])) as supervisor:
+        while True:
+            message, received, _, _ = socket.recv_fds(supervisor, len(_HOLD), _DESCRIPTORS_MAX)
+            if message != _HOLD:
+                break
+            for descriptor in held:
+                os.close(descriptor)
+            held = received
+    if held:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(held[1], signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
