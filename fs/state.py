@@ -8,9 +8,10 @@ Each thread has its own connection. Readers never wait; writers wait for one ano
 import fcntl
 import os
 import sqlite3
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ class Database:
         Creates the file with mode 0600, as it holds CHAP secrets. Raises `Internal` with code
         `state-too-new`.
         """
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Without a descriptor: closing any one of a file drops all locks that this process has on it
+        # (fcntl(2)), SQLite's too; another process then removes the log that we write to.
+        with suppress(FileExistsError):
+            os.mknod(self.path, stat.S_IFREG | 0o600)
         with self._lock_file(), closing(self._open()) as connection:
             version: int = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > len(MIGRATIONS):

@@ -6,6 +6,7 @@
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +30,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         for device in ("/dev/fuse", "/dev/loop-control"):
             if not os.access(device, os.R_OK | os.W_OK):
                 pytest.fail(f"needs {device}; load its kernel module", pytrace=False)
+
+
+def pytest_exception_interact(
+    call: pytest.CallInfo[object], report: pytest.CollectReport | pytest.TestReport
+) -> None:
+    """Say which of its many "disk I/O error" SQLite means."""
+    error = call.excinfo.value if call.excinfo is not None else None
+    while error is not None:
+        if isinstance(error, sqlite3.Error) and hasattr(error, "sqlite_errorname"):
+            report.sections.append(("SQLite", error.sqlite_errorname))
+        error = error.__cause__ or error.__context__
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
