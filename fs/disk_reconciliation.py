@@ -71,6 +71,9 @@ class DiskReconciliation:
                 if form == "raw" and disk.form == "overlay":
                     # a promotion that died after its deciding step: the layer's other names go
                     self._disks.finish_promotion(disk.uuid)
+                if form is not None:
+                    # the frozen layer of a disk that nobody opens could take its space for ever
+                    self._disks.tidy(disk.uuid)
             except (StratocacheError, OSError):
                 log.exception("the files of disk %s cannot be looked at", disk.uuid)
                 continue

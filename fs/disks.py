@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stratocache.cache.errors import InvalidInput, NotFound
@@ -236,6 +236,13 @@ class DiskStore:
             if self.overlay_directory(uuid).exists():
                 transitions.adopt(self.files(uuid), base_name)
 
+    def tidy(self, uuid: str) -> None:
+        """Remove what a death left of a change of a disk's layers; no change may be under way.
+
+        The disk may be open. Raises `OSError` and what reading its layout raises.
+        """
+        self.files(uuid).tidy()
+
     def rollback_overlay(self, uuid: str, base_name: str, size_bytes: int) -> None:
         """Let a closed disk, overlay or raw, begin anew over a manifest, of the manifest's size.
 
@@ -284,7 +291,14 @@ class DiskStore:
                         f"The disk has {data.size()} bytes; it can only be made larger.",
                         field="size_bytes",
                     )
-                data.extend(size_bytes, reserve=False)
+                before_bytes = data.size()
+                try:
+                    data.extend(size_bytes, reserve=False)
+                except OSError:
+                    # nobody has been told of the new end, so nothing is behind the old one
+                    with suppress(OSError):
+                        data.cut(before_bytes)
+                    raise
             finally:
                 data.close()
 

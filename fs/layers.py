@@ -11,14 +11,19 @@ name are nothing, whatever they hold. Formats and the order of writes are in CRA
 """
 
 import json
+import logging
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from stratocache.cache.errors import Internal, NotVerified
 from stratocache.fs.storage import FILES, Storage
+
+log = logging.getLogger(__name__)
 
 VERSION: Final = 1
 LAYOUT: Final = "layout.json"
@@ -148,6 +153,39 @@ class DiskFiles:
         """Replace the layout, durably. After `OSError` either layout may be there."""
         self.storage.replace_small(self.directory / LAYOUT, layout.to_json())
 
+    def remove_layout(self) -> None:
+        """Make the disk raw, durably. After `OSError` the layout may be there or not."""
+        self.storage.remove(self.directory / LAYOUT)
+        self.storage.sync_directory(self.directory)
+
+    @contextmanager
+    def restoring(self, layout: Layout | None) -> Iterator[None]:
+        """Put a layout back when the block, which exchanges it, raises `OSError`.
+
+        Who is told that a change failed finds the disk as it was; unless that fails too.
+        """
+        try:
+            yield
+        except OSError:
+            self.restore(layout)
+            raise
+
+    def restore(self, layout: Layout | None) -> None:
+        """Put a layout back, as far as that can be done."""
+        with suppress(OSError):
+            if layout is None:
+                self.remove_layout()
+            elif self.layout() != layout:
+                self.write_layout(layout)
+
+    @contextmanager
+    def tidying(self) -> Iterator[None]:
+        """Let the removal of what a change made meaningless fail: the next opening does it."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s: what it does not need any more stays: %s", self.directory, error)
+
     def remove_layer(self, layer: str) -> None:
         """Remove the files of a layer that the layout does not name; not synced, not needed.
 
@@ -160,6 +198,24 @@ class DiskFiles:
 
     def sweep(self, layout: Layout | None) -> None:
         """Remove what a crash left: every file that the layout, None for raw, does not name."""
+        for name in self._leftovers(layout):
+            layer = name.partition(".")[0]
+            if layer.isdecimal():
+                self.storage.remove(self.live(layer))
+            self.storage.remove(self.directory / name)
+
+    def tidy(self) -> None:
+        """Sweep a disk that need not be open; nobody may change its layers meanwhile.
+
+        Raises `OSError` and what `layout` raises.
+        """
+        layout = self.layout()
+        if self._leftovers(layout):
+            # the layout on the medium may be the one before, which names them
+            self.storage.sync_directory(self.directory)
+            self.sweep(layout)
+
+    def _leftovers(self, layout: Layout | None) -> list[str]:
         named = {SNAPSHOTS}
         if layout is None:
             named.add(RAW_DATA)
@@ -167,13 +223,9 @@ class DiskFiles:
             named |= {LAYOUT, self.data(layout.top).name, self.bitmap(layout.top).name}
             if layout.frozen is not None:
                 named |= {self.data(layout.frozen).name, self.bitmap(layout.frozen).name}
-        for name in sorted(set(self.storage.names(self.directory)) - named):
-            # by name: nothing else of ours was ever here, and nothing else is ours to remove
-            if _OURS.fullmatch(name):
-                layer = name.partition(".")[0]
-                if layer.isdecimal():
-                    self.storage.remove(self.live(layer))
-                self.storage.remove(self.directory / name)
+        # by name: nothing else of ours was ever here, and nothing else is ours to remove
+        unnamed = sorted(set(self.storage.names(self.directory)) - named)
+        return [name for name in unnamed if _OURS.fullmatch(name)]
 
 
 def _checksum(fields: dict[str, object]) -> int:

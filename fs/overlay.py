@@ -159,8 +159,8 @@ class Overlay(LayeredBlocks):
     async def grow(self, size_bytes: int) -> None:
         """Make the disk larger, by zeros, durably; the size it has is no change.
 
-        Raises `ValueError` for less than it has, and `OSError`: then the size is as before, or, in
-        the next process, perhaps the new one.
+        Raises `ValueError` for less than it has, and `OSError`: then the size is as before; should a
+        second error follow, it may be the new one in the next process.
         """
         async with self._changing:
             if size_bytes < self.size_bytes:
@@ -173,8 +173,13 @@ class Overlay(LayeredBlocks):
                 size_bytes, layout.top, layout.frozen, layout.frozen_size_bytes, layout.base
             )
             await trio.to_thread.run_sync(self._top.extend, size_bytes)
-            await trio.to_thread.run_sync(self._files.write_layout, changed)
-            self._bitmap.grow(size_bytes)
+            try:
+                await trio.to_thread.run_sync(self._files.write_layout, changed)
+                self._bitmap.grow(size_bytes)
+            except OSError:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._files.restore, layout)
+                raise
             self._bits = self._bitmap.bits
             self._layout = changed
             self.size_bytes = size_bytes

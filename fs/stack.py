@@ -108,11 +108,15 @@ class Layer(_Held):
         try:
             self.data.fdatasync()
         except OSError as error:
-            self.bitmap.set_data_failed()
-            log.critical("the data of a disk could not be made durable: %s", error)
+            self._remember_loss(error)
             raise
         if pages:
             self.bitmap.write(self._durable, pages)
+
+    def _remember_loss(self, error: OSError) -> None:
+        """Note that a sync of the data failed: the kernel says so once, to whichever call it was."""
+        self.bitmap.set_data_failed()
+        log.critical("the data of a disk could not be made durable: %s", error)
 
     def sync_now(self) -> None:
         """Make all of the layer durable, as `flush` does; blocks, of an overlay that is closed."""
@@ -122,8 +126,24 @@ class Layer(_Held):
 
     def extend(self, size_bytes: int) -> None:
         """Let the files have room for a larger disk, durably; `Bitmap.grow` comes after."""
-        self.data.extend(size_bytes, reserve=False)
+        try:
+            self.data.extend(size_bytes, reserve=False)
+        except OSError as error:
+            if self.data.size() >= size_bytes:  # it is longer, so the sync has failed
+                self._remember_loss(error)
+            raise
         self.bitmap.extend(self._durable, size_bytes)
+
+    def cut(self, size_bytes: int) -> None:
+        """Let the data be no longer than the disk, durably."""
+        if self.data.size() <= size_bytes:
+            return
+        try:
+            self.data.cut(size_bytes)
+        except OSError as error:
+            if self.data.size() <= size_bytes:
+                self._remember_loss(error)
+            raise
 
     def run(self, first: int, count: int) -> int:
         """Return which of `count` blocks are in this layer, bit i = block `first` + i."""

@@ -47,7 +47,8 @@ def freeze_raw(files: DiskFiles) -> None:
     finally:
         data.close()
     _make_layer(files, FIRST_LAYER, size_bytes)
-    files.write_layout(Layout(size_bytes, FIRST_LAYER, RAW, size_bytes, None))
+    with files.restoring(None):
+        files.write_layout(Layout(size_bytes, FIRST_LAYER, RAW, size_bytes, None))
 
 
 def rollback(files: DiskFiles, size_bytes: int, base: str) -> None:
@@ -65,10 +66,12 @@ def rollback(files: DiskFiles, size_bytes: int, base: str) -> None:
         name = FIRST_LAYER if layout is None else layout.next_layer
         _make_layer(files, name, size_bytes)
         changed = Layout(size_bytes, name, None, None, base)
-        files.write_layout(changed)
-        if layout is not None:
-            files.remove_layer(layout.top)
-        files.sweep(changed)
+        with files.restoring(layout):
+            files.write_layout(changed)
+        with files.tidying():
+            if layout is not None:
+                files.remove_layer(layout.top)
+            files.sweep(changed)
 
 
 def finish_promotion(files: DiskFiles) -> None:
@@ -84,7 +87,8 @@ def finish_promotion(files: DiskFiles) -> None:
             raise _unknown(files)
         _refuse_first_release(files)
         storage.sync_directory(files.directory)
-        files.sweep(None)
+        with files.tidying():
+            files.sweep(None)
         return
     if layout.frozen is not None:
         raise _pending(files)
@@ -95,7 +99,7 @@ def finish_promotion(files: DiskFiles) -> None:
                 "promotion-incomplete", f"{files.directory} still needs its base; fill it first."
             )
         # a growth that a crash ended may have left it longer than the disk
-        top.data.cut(layout.size_bytes)
+        top.cut(layout.size_bytes)
         top.sync_now()
     finally:
         top.close()
@@ -103,10 +107,11 @@ def finish_promotion(files: DiskFiles) -> None:
     storage.remove(files.data(RAW))
     storage.link(files.data(layout.top), files.data(RAW))
     storage.sync_directory(files.directory)
-    storage.remove(files.directory / LAYOUT)
-    storage.sync_directory(files.directory)
-    files.remove_layer(layout.top)
-    files.sweep(None)
+    with files.restoring(layout):
+        files.remove_layout()
+    with files.tidying():
+        files.remove_layer(layout.top)
+        files.sweep(None)
 
 
 def is_first_release(files: DiskFiles) -> bool:
@@ -140,8 +145,9 @@ def adopt(files: DiskFiles, base: str) -> None:
         storage.sync_directory(files.directory)
         layout = Layout(size_bytes, FIRST_LAYER, None, None, base)
         files.write_layout(layout)
-        storage.remove(files.first_live)
-        files.sweep(layout)
+        with files.tidying():
+            storage.remove(files.first_live)
+            files.sweep(layout)
     finally:
         bitmap.close()
 

@@ -400,3 +400,69 @@ def test_base_larger_than_its_disk_is_refused(bench: OverlayBench) -> None:
         bench.open()
     bench.base = small
     bench.overlay = bench.open()
+
+
+def test_sync_that_fails_in_a_growth_is_remembered(crash_bench: OverlayBench) -> None:
+    """The kernel tells of lost writes once; that it told a growth does not make them durable."""
+    storage = crash_bench.storage
+    assert isinstance(storage, CrashStorage)
+    crash_bench.overlay.write_nowait(5000, b"acknowledged, not flushed")
+    storage.faults["1.data", "fsync"] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        trio.run(crash_bench.overlay.grow, SIZE_BYTES + 9000)
+    for _ in range(2):
+        with pytest.raises(OSError, match="earlier flush"):
+            trio.run(crash_bench.overlay.flush)
+        # the process ends and another one takes over
+        storage.process_dies()
+        crash_bench.overlay = crash_bench.open()
+    assert crash_bench.overlay.size_bytes == SIZE_BYTES
+
+
+def test_refused_change_leaves_the_disk_as_it_was(crash_bench: OverlayBench) -> None:
+    """When the directory cannot be synced the old layout is put back, for the change was refused."""
+    storage, overlay = crash_bench.storage, crash_bench.overlay
+    assert isinstance(storage, CrashStorage)
+    overlay.write_nowait(5000, b"kept")
+    trio.run(overlay.flush)
+    storage.faults["disk", "sync"] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        trio.run(overlay.grow, SIZE_BYTES + 9000)
+    crash_bench.reopen()
+    assert crash_bench.overlay.size_bytes == SIZE_BYTES
+    crash_bench.overlay.close()
+
+    before = crash_bench.files.layout()
+    storage.arm(_sync_after_layout(), lambda: storage.fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        transitions.rollback(crash_bench.files, SIZE_BYTES, "other")
+    assert crash_bench.files.layout() == before
+    crash_bench.overlay = crash_bench.open()
+    assert trio.run(crash_bench.overlay.read, 5000, 4) == b"kept"
+
+
+def _sync_after_layout() -> int:
+    """Return which call of a rollback is the sync that makes its layout durable."""
+    twin = OverlayBench(Path("/twin"), SIZE_BYTES, BASE, CrashStorage())
+    twin.overlay.close()
+    calls = twin.storage.calls  # type: ignore[attr-defined]
+    calls.clear()
+    transitions.rollback(twin.files, SIZE_BYTES, "other")
+    renamed: int = calls.index(("layout.json", "rename"))
+    assert calls[renamed + 1] == ("disk", "sync")
+    return renamed + 1
+
+
+def test_what_a_death_left_goes_though_nobody_opens_the_disk(bench: OverlayBench) -> None:
+    """`tidy` removes the files of a layer that is named no more, beside an open disk, no others."""
+    files, overlay = bench.files, bench.overlay
+    overlay.write_nowait(0, b"written")
+    for name in ("7.data", "7.bitmap", "layout.json.new", "notes.txt"):
+        (files.directory / name).write_bytes(b"left")
+    files.live("7").write_bytes(b"left")
+    files.tidy()
+    assert sorted(os.listdir(files.directory)) == [
+        "1.bitmap", "1.data", "layout.json", "notes.txt",
+    ]  # fmt: skip
+    assert os.listdir(files.live("1").parent) == [files.live("1").name]
+    assert trio.run(overlay.read, 0, 7) == b"written"

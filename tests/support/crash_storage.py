@@ -114,16 +114,14 @@ class OpenCrashFile:
         """Make the file longer, then durable."""
         self._called("extend")
         self._file.current.extend(bytes(max(0, size_bytes - len(self._file.current))))
-        self._called("fsync")
-        self._file.sync()
+        self._sync("fsync")
 
     def cut(self, size_bytes: int) -> None:
         """Cut off, then make that durable."""
         if len(self._file.current) > size_bytes:
             self._called("cut")
             del self._file.current[size_bytes:]
-            self._called("fsync")
-            self._file.sync()
+            self._sync("fsync")
 
     def share(self, source: int, source_offset: int, size: int, offset: int) -> None:
         """Take the bytes of a file of the operating system."""
@@ -137,9 +135,13 @@ class OpenCrashFile:
         return offset + len(rest) - behind if behind else None
 
     def fdatasync(self) -> None:
+        """Make all durable."""
+        self._sync("fdatasync")
+
+    def _sync(self, call: str) -> None:
         """Make all durable; after a failure the kernel forgets that it was not."""
         try:
-            self._called("fdatasync")
+            self._called(call)
         except OSError:
             self._file.unsynced.clear()
             raise
