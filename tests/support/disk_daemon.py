@@ -179,7 +179,7 @@ class DiskHost:
             state_dir=state_dir, run_dir=root / "run", space=SpaceSettings(reserve_bytes=0)
         )
         state_dir.mkdir(exist_ok=True)
-        self.configuration.run_dir.mkdir()
+        self.configuration.run_dir.mkdir(exist_ok=True)
         self.db = Database(self.configuration.database)
         self.db.migrate()
         self.chunks = ChunkStore(state_dir / "chunks")
