@@ -83,7 +83,12 @@ def rollback(session: Session, uuid: str, snapshot_id: str) -> None:
 @json_option
 @click.pass_obj
 def resize(session: Session, uuid: str, size_bytes: int) -> None:
-    """Grow a disk to SIZE, such as 20G; a guest that has it sees that when it rescans."""
+    """Grow a disk to SIZE, such as 20G, also while a guest has it.
+
+    The guest sees the new size when its initiator has looked: with QEMU's own, as in the arguments
+    that `launch` prints, say `virsh blockresize DOMAIN vda SIZE` or `block_resize` in the monitor;
+    with the kernel's, `iscsiadm -m session --rescan`.
+    """
     document = session.client.patch(_path(uuid), {"size_bytes": size_bytes}, wait=0)
     if "uuid" not in document:
         session.follow(document, "resize")

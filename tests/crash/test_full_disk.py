@@ -5,9 +5,7 @@ the appliance with its state database is on it too.
 """
 
 import hashlib
-import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from stratodemo.guest import Guest
 from support.appliance import Appliance
 from support.guests import file_disk, system_image
 from support.iscsi import Initiator
+from support.monitor import Monitor
 from support.publishing import publish_image
 
 MIB = 1024**2
@@ -177,43 +176,6 @@ def test_full_at_every_write_of_a_workload(host: Host) -> None:
 def _disks(host: Host) -> list[dict[str, Any]]:
     disks: list[dict[str, Any]] = host.appliance.request("GET", "/v1/disks")[1]["disks"]
     return disks
-
-
-class Monitor:
-    """QEMU's machine protocol over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(TIMEOUT_S)
-        self._socket.connect(str(path))
-        self._lines = self._socket.makefile("r")
-        self.events: list[str] = []
-        assert "QMP" in json.loads(self._lines.readline())
-        self.ask("qmp_capabilities")
-
-    def ask(self, command: str) -> Any:
-        """Execute a command and return its answer."""
-        self._socket.sendall(json.dumps({"execute": command}).encode() + b"\n")
-        while True:
-            answer = self._next()
-            if "event" not in answer:
-                return answer["return"]
-
-    def wait_for(self, event: str) -> None:
-        """Read until an event of that name has come."""
-        while event not in self.events:
-            self._next()
-
-    def _next(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self._lines.readline())
-        if "event" in answer:
-            self.events.append(answer["event"])
-        return answer
-
-    def close(self) -> None:
-        """Hang up."""
-        self._lines.close()
-        self._socket.close()
 
 
 BLOCKS = 12
