@@ -265,7 +265,10 @@ class DiskWorld:
         offset = self.random.randrange(len(self.content) - size + 1)
         written = self.random.randbytes(size)
         self._note(offset, written)
+        # one that had to wait would be no write beside
+        cold, self.storage.cold = self.storage.cold, False
         assert self.overlay.write_nowait(offset, written)
+        self.storage.cold = cold
         self.content[offset : offset + size] = written
 
     def _after(self, outcome: str, plan: Plan) -> None:
