@@ -22,6 +22,7 @@ from unittest.mock import patch
 from stratocache.cache import chunks
 from stratocache.fs import storage
 
+SECTOR_BYTES = 512
 _BY_PATH = (
     "open", "mkdir", "rmdir", "unlink", "remove", "link", "rename", "replace", "listdir", "scandir",
     "stat", "truncate", "statvfs",
@@ -39,7 +40,7 @@ _NEEDING_SPACE = frozenset({
 class FailingCalls:
     """Counts the calls about files below directories, and lets one fail, of that number from 0.
 
-    A write that fails has written its first half. Of ENOSPC only calls that may need space fail.
+    A write that fails has written its first sectors. Of ENOSPC only calls that may need space fail.
     """
 
     def __init__(self, directories: Sequence[Path], number: int, code: int) -> None:
@@ -98,9 +99,10 @@ class FailingCalls:
 
         def call(*arguments: Any, **options: Any) -> Any:
             if arguments and self._fails(name, arguments[0]):
-                if name == "pwrite" and len(arguments[1]) > 1:
+                if name == "pwrite":
                     descriptor, buffer, offset = arguments
-                    real(descriptor, bytes(buffer)[: len(buffer) // 2], offset)
+                    middle = (offset + len(buffer) // 2) // SECTOR_BYTES * SECTOR_BYTES
+                    real(descriptor, bytes(buffer)[: max(0, middle - offset)], offset)
                 raise self._error()
             return real(*arguments, **options)
 
