@@ -12,6 +12,8 @@ import os
 import resource
 import signal
 import sqlite3
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -159,9 +161,9 @@ class Blockd:
         }
         operations = Operations(self._db, acquisition, nursery, self._wake, performers)
         known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}
-        await trio.to_thread.run_sync(self._disks.sweep, known)
-        await trio.to_thread.run_sync(acquisition.sweep)
-        await trio.to_thread.run_sync(transfers.sweep, self._configuration, self._db)
+        await sweep(partial(self._disks.sweep, known))
+        await sweep(acquisition.sweep)
+        await sweep(partial(transfers.sweep, self._configuration, self._db))
         await reconciler.adopt()
         while True:
             self._woken = trio.Event()
@@ -172,6 +174,14 @@ class Blockd:
             interval_s = _RETRY_INTERVAL_S if unsettled else _IDLE_INTERVAL_S
             with trio.move_on_after(interval_s):
                 await self._woken.wait()
+
+
+async def sweep(remove: Callable[[], object]) -> None:
+    """Remove what a crash left; where that cannot be done it costs space, and disks are served."""
+    try:
+        await trio.to_thread.run_sync(remove)
+    except OSError:
+        log.exception("what a crash left stays until the next start")
 
 
 def main() -> None:

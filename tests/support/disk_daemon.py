@@ -12,6 +12,7 @@ from stratocache.cache.configuration import Configuration, SpaceSettings
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory
+from stratocache.fs.blockd import sweep
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
@@ -127,9 +128,10 @@ class DiskDaemon:
         with trio.fail_after(_REST_TIMEOUT_S):
             await self._rested.wait()
 
-    def sweep(self) -> None:
-        """What a process does first: delete what no row accounts for."""
+    def _sweep_disks(self) -> None:
         self._disks.sweep({row["uuid"] for row in self._db.rows("SELECT uuid FROM disks")})
+
+    def _sweep_images(self) -> None:
         for name in set(self._images.identifiers()) - named_manifests(self._db):
             self._images.remove(name)
         self._images.sweep()
@@ -149,7 +151,9 @@ class DiskDaemon:
             db, Idle(), nursery, self.wake,  # type: ignore[arg-type]
             {"hydrate": promotion, "save": Saving(db, self._images, disks)},
         )  # fmt: skip
-        await trio.to_thread.run_sync(self.sweep)
+        # what a process does first: delete what no row accounts for
+        await sweep(self._sweep_disks)
+        await sweep(self._sweep_images)
         await reconciler.adopt()
         while True:
             self._woken = trio.Event()
