@@ -34,7 +34,7 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.stack import Layer
 
 EVERY_CALL = "CRASH_ROUNDS" in os.environ
-SAMPLE_STEP = 13
+SAMPLE_STEP = 29
 LOST = "flush-failed"
 CALLS_MAX = 2000
 WAITING_S = 20
@@ -431,7 +431,7 @@ def test_planted_bug_is_found(
     assert tally.cases <= PLANTED_MAX
 
 
-START_STEP = 1 if EVERY_CALL else 41
+START_STEP = 1 if EVERY_CALL else 79
 START_DEATHS_MAX = 10
 """A start may die where a directory that all disks need cannot be made or read."""
 
