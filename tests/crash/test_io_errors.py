@@ -392,9 +392,9 @@ def test_error_at_every_call(
 ) -> None:
     """Whichever call fails, the operation is done or refused and no byte is another's."""
     tally = Tally()
-    # another sample for each operation and error
-    first = 0 if EVERY_CALL else Random(f"{name} {code}").randrange(SAMPLE_STEP)
-    for number in range(first, CALLS_MAX, 1 if EVERY_CALL else SAMPLE_STEP):
+    # the first call, and another sample of the rest for each operation and error
+    second = 1 if EVERY_CALL else 1 + Random(f"{name} {code}").randrange(SAMPLE_STEP)
+    for number in (0, *range(second, CALLS_MAX, 1 if EVERY_CALL else SAMPLE_STEP)):
         if not _play(template, name, number, CODES[code], tally):
             break
     else:
