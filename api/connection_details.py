@@ -113,7 +113,7 @@ def libvirt_xml(details: ConnectionDetails, index: int) -> str:
     if attachment.initiator is not None:
         initiator = ElementTree.SubElement(source, "initiator")
         ElementTree.SubElement(initiator, "iqn", name=attachment.initiator)
-    ElementTree.SubElement(disk, "target", dev=f"vd{_letters(index)}", bus="virtio")
+    ElementTree.SubElement(disk, "target", dev=f"vd{disk_letters(index)}", bus="virtio")
     if attachment.access == "ro":
         ElementTree.SubElement(disk, "readonly")
     ElementTree.SubElement(disk, "serial").text = details.serial
@@ -126,7 +126,7 @@ def _escape(value: str) -> str:
     return value.replace(",", ",,")
 
 
-def _letters(index: int) -> str:
+def disk_letters(index: int) -> str:
     """Return a, b … z, aa, ab … as Linux names its disks."""
     assert index >= 0
     letters = ""

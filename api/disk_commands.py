@@ -1,13 +1,16 @@
 """`stratocache disk`: block devices that somebody owns."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
+from stratocache.api import hot_plug
 from stratocache.api.cache_commands import promise_line
 from stratocache.api.check_commands import check
 from stratocache.api.content_commands import download, import_options, upload
+from stratocache.api.hot_plug import machine_options, place_of
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.sizes import format_size
 from stratocache.api.snapshot_commands import (
@@ -23,6 +26,7 @@ from stratocache.api.snapshot_commands import (
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
+    from stratocache.api.guest_disk import Bus
 
 _VISIBILITY = click.Choice(["private", "public"])
 
@@ -130,31 +134,72 @@ def change(session: Session, /, uuid: str, **wanted: str | None) -> None:
 @click.option("--instance", required=True, help="Id of the VM that will use it.")
 @click.option("--access", type=click.Choice(["rw", "ro"]), default="rw", show_default=True)
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
+@machine_options
+@click.option(
+    "--bus", type=click.Choice(["virtio", "scsi", "ide"]),
+    help="With --qmp or --domain: what the guest sees [default: virtio].",
+)  # fmt: skip
 @json_option
 @click.pass_obj
-def attach(session: Session, /, uuid: str, **wanted: str | None) -> None:
-    """Export a disk over iSCSI to an instance and write how to reach it."""
+def attach(
+    session: Session,
+    /,
+    uuid: str,
+    qmp: Path | None,
+    domain: str | None,
+    libvirt: str | None,
+    timeout_s: int | None,
+    bus: "Bus | None",
+    **wanted: str | None,
+) -> None:
+    """Export a disk over iSCSI to an instance and write how to reach it.
+
+    With --qmp or --domain the disk appears in that running machine, and what its guest calls it is
+    written; when that fails, the disk is not attached either.
+    """
     body = {name: value for name, value in wanted.items() if value is not None}
+    place = place_of(qmp, domain, libvirt, timeout_s, bus)
+    if place is not None:
+        hot_plug.attach(session, uuid, place, lambda: _export(session, uuid, body))
+        return
+    session.show_fields(_export(session, uuid, body), hidden=("libvirt_xml", "qemu_args"))
+
+
+def _export(session: Session, uuid: str, body: "Document") -> "Document":
     document = session.client.post(f"{_path(uuid)}/attachments", body, wait=0)
     if "target_iqn" not in document:
         done = session.follow(document, "attach")
         document = session.client.get(f"{_path(uuid)}/attachments/{done['subject']}")
-    session.show_fields(document, hidden=("libvirt_xml", "qemu_args"))
+    return document
 
 
 @disk.command()
 @click.argument("uuid")
 @click.option("--instance", help="Needed when several instances have it.")
+@machine_options
 @json_option
 @click.pass_obj
-def detach(session: Session, uuid: str, instance: str | None) -> None:
-    """End the export of a disk to an instance."""
+def detach(
+    session: Session,
+    uuid: str,
+    instance: str | None,
+    qmp: Path | None,
+    domain: str | None,
+    libvirt: str | None,
+    timeout_s: int | None,
+) -> None:
+    """End the export of a disk to an instance.
+
+    With --qmp or --domain the disk is unplugged from that running machine first; when its guest
+    does not let it go, it stays attached. A machine that has ended is fine.
+    """
+    place = place_of(qmp, domain, libvirt, timeout_s)
     attachment = _attachment(session, uuid, instance)
+    shown = {"detached": uuid, "instance": attachment["instance"]}
+    if place is not None:
+        shown["unplugged"] = hot_plug.unplug(attachment, place)
     session.remove(f"{_path(uuid)}/attachments/{attachment['id']}", "detach")
-    session.show(
-        {"detached": uuid, "instance": attachment["instance"]},
-        f"Disk {uuid} is detached from {attachment['instance']}.",
-    )
+    session.show(shown, f"Disk {uuid} is detached from {attachment['instance']}.")
 
 
 def _attachment(session: Session, uuid: str, instance: str | None) -> "Document":
