@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 import click
 
-from stratocache.cache.errors import Conflict, StratocacheError
+from stratocache.cache.errors import Conflict, StratocacheError, Unreachable
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
-    from stratocache.api.guest_disk import Bus, GuestDisk, Machine
+    from stratocache.api.guest_disk import Bus, GuestDisk, Handout, Machine
     from stratocache.api.session import Session
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -103,8 +103,9 @@ def attach(session: "Session", uuid: str, place: Place, export: "Callable[[], Do
         path = f"/v1/disks/{quote(uuid, safe='')}/attachments"
         before = {item["id"] for item in session.client.items(path, "attachments")}
         document = export()
-        with _undone(session, f"{path}/{document['id']}", new=document["id"] not in before):
-            handout = Handout.of(document)
+        handout = Handout.of(document)
+        new = document["id"] not in before
+        with _undone(session, machine, handout, f"{path}/{document['id']}" if new else None):
             found = machine.find(handout)
             if found is not None and place.bus not in (None, found.bus):
                 raise Conflict(
@@ -127,18 +128,30 @@ def unplug(document: "Document", place: Place) -> bool:
 
 
 @contextmanager
-def _undone(session: "Session", path: str, *, new: bool) -> Iterator[None]:
-    """End the attachment again if the block fails and this command made it."""
+def _undone(
+    session: "Session", machine: "Machine", handout: "Handout", made: str | None
+) -> Iterator[None]:
+    """If the block fails, end the attachment that this command made, unless it is plugged."""
     try:
         yield
     except BaseException as failure:
-        if new:
+        if made is not None and not _plugged(machine, handout, failure):
             try:
-                session.remove(path, "detach")
+                session.remove(made, "detach")
             except StratocacheError as error:
                 if isinstance(failure, StratocacheError):
                     failure.message += f" It is still attached: {error.message}"
         raise
+
+
+def _plugged(machine: "Machine", handout: "Handout", failure: BaseException) -> bool:
+    """Whether another command has plugged the disk meanwhile."""
+    if isinstance(failure, Unreachable):
+        return False
+    try:
+        return machine.find(handout) is not None
+    except StratocacheError:
+        return False
 
 
 def _show(session: "Session", document: "Document", disk: "GuestDisk", *, already: bool) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _QEMU = "qemu-system-x86_64"
 _KVM = Path("/dev/kvm")
+_PORTS = 8
 
 
 @click.command()
@@ -40,6 +41,10 @@ _KVM = Path("/dev/kvm")
 )  # fmt: skip
 @click.option("--memory", type=SizeType(), default="1G", show_default=True, help="With --run.")
 @click.option("--accel", type=click.Choice(["kvm", "tcg"]), help="With --run; KVM where it works.")
+@click.option(
+    "--qmp", type=click.Path(path_type=Path), metavar="SOCKET",
+    help="With --run: the VM's monitor, for `disk attach --qmp`.",
+)  # fmt: skip
 @json_option
 @click.pass_obj
 def launch(
@@ -49,10 +54,13 @@ def launch(
     runner: str | None,
     memory: int,
     accel: str | None,
+    qmp: Path | None,
     **wanted: Any,
 ) -> None:
     """Clone REFERENCE for a new VM and write how to reach its disks; Ctrl-C undoes it."""
     _require_runner(runner)
+    if qmp is not None and runner != "qemu":
+        raise click.UsageError("--qmp goes with --run qemu.")
     session.as_json = session.as_json or format_ == "json"
     body = {name: value for name, value in wanted.items() if value is not None}
     document = session.client.begin("/v1/launches", body)
@@ -60,7 +68,7 @@ def launch(
         session.follow(document, "launch")
         document = session.client.get(_path(wanted["instance"]))
     if runner == "qemu":
-        _run(session, document, memory, accel)
+        _run(session, document, qemu_command(document["qemu_args"], memory, accel, qmp))
     elif session.as_json:
         session.show(document, "")
     elif format_ == "xml":
@@ -99,11 +107,10 @@ def _summarise(session: Session, document: "Document") -> None:
     )
 
 
-def _run(session: Session, document: "Document", memory: int, accel: str | None) -> None:
+def _run(session: Session, document: "Document", command: Sequence[str]) -> None:
     """Run QEMU in the foreground, then halt the instance; raises `Internal` when QEMU failed."""
     from stratocache.cache.errors import Internal
 
-    command = qemu_command(document["qemu_args"], memory, accel)
     try:
         status = subprocess.run(command, check=False).returncode
     finally:
@@ -112,14 +119,29 @@ def _run(session: Session, document: "Document", memory: int, accel: str | None)
         raise Internal("qemu-failed", f"{_QEMU} ended with status {status}.")
 
 
-def qemu_command(arguments: Sequence[str], memory_bytes: int, accel: str | None) -> list[str]:
-    """Return a whole QEMU command: these disks, one user-mode network card, serial on stdio."""
+def qemu_command(
+    arguments: Sequence[str], memory_bytes: int, accel: str | None, qmp: Path | None = None
+) -> list[str]:
+    """Return a whole QEMU command: these disks, one user-mode network card, serial on stdio.
+
+    With a monitor's socket it has ports for disks that are plugged later.
+    """
     if accel is None:
         accel = "kvm" if os.access(_KVM, os.R_OK | os.W_OK) else "tcg"
     return [
         _QEMU, "-accel", accel, "-machine", "q35", "-cpu", "max",
         "-m", f"{memory_bytes // 1024**2}M", "-nodefaults", "-no-user-config", "-display", "none",
         "-serial", "mon:stdio", "-nic", "user,model=virtio-net-pci", *arguments,
+        *([] if qmp is None else _pluggable(qmp)),
+    ]  # fmt: skip
+
+
+def _pluggable(qmp: Path) -> list[str]:
+    socket = str(qmp).replace(",", ",,")
+    ports = (f"pcie-root-port,id=plug{number},chassis={number}" for number in range(1, _PORTS + 1))
+    return [
+        "-qmp", f"unix:{socket},server=on,wait=off",
+        *(argument for port in ports for argument in ("-device", port)),
     ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ DEFAULT_URI = "qemu:///system"
 
 _PREFIXES: dict[str, str] = {"virtio": "vd", "scsi": "sd"}
 _TARGETS_MAX = 1000
+_TRIES = 20
 _POLL_S = 0.2
 _INPUT = "/dev/stdin"
 
@@ -89,21 +90,38 @@ class LibvirtDomain:
                 "libvirt plugs no IDE disk into a running domain; use --bus virtio or scsi.",
             )
         secret = handout.require_secret()
-        domain = self.describe()
-        controller = _controller_for(domain) if bus == "scsi" else None
+        controller = _controller_for(self.describe()) if bus == "scsi" else None
         try:
             self._define_secret(handout, secret)
             if controller is not None:
-                self._device("attach-device", controller)
-            self._device("attach-device", _disk_xml(handout, bus, _free_target(domain, bus)))
-            plugged = self.find(handout)
+                self._add_controller(controller)
+            return self._add_disk(handout, bus)
         except BaseException as error:
             self._undo(handout, controller)
             if isinstance(error, _VirshFailed):
                 raise self._plug_refusal(error) from None
             raise
+
+    def _add_controller(self, controller: str) -> None:
+        try:
+            self._device("attach-device", controller)
+        except _VirshFailed:
+            if _controller_for(self.describe()) is not None:
+                raise  # else another command has added it meanwhile
+
+    def _add_disk(self, handout: Handout, bus: Bus) -> GuestDisk:
+        """Add the disk under the first free name; another command may take that meanwhile."""
+        for tries_left in reversed(range(_TRIES)):
+            domain = self.describe()
+            if _disk_of(domain, handout) is not None:
+                break
+            try:
+                self._device("attach-device", _disk_xml(handout, bus, _free_target(domain, bus)))
+            except _VirshFailed as error:
+                if not tries_left or not _taken(error):
+                    raise
+        plugged = self.find(handout)
         if plugged is None:
-            self._forget_secret(handout)
             raise Conflict("plug-refused", "The domain lost the disk at once; see libvirt's log.")
         return plugged
 
@@ -213,6 +231,11 @@ def _complaint(stderr: str) -> str:
     return ": ".join(line for line in lines if line).rstrip(".") or "no reason given"
 
 
+def _taken(error: _VirshFailed) -> bool:
+    """Whether a disk of this target name or alias is there already."""
+    return any(words in str(error) for words in ("already exists", "duplicated", "alias"))
+
+
 def _disk_of(domain: ElementTree.Element, handout: Handout) -> ElementTree.Element | None:
     name = f"{handout.target_iqn}/{handout.lun}"
     for disk in domain.iterfind("devices/disk"):
@@ -255,4 +278,6 @@ def _disk_xml(handout: Handout, bus: Bus, target_dev: str) -> str:
     target = disk.find("target")
     assert target is not None
     target.attrib.update(dev=target_dev, bus=bus)
+    # libvirt wants the prefix, and refuses a second disk of this alias
+    ElementTree.SubElement(disk, "alias", name=f"ua-{handout.node}")
     return ElementTree.tostring(disk, encoding="unicode")

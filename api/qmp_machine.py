@@ -10,6 +10,7 @@ bus can. Reference: QEMU's QMP manual, "QMP features and commands".
 
 import asyncio
 import logging
+import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,23 +76,40 @@ def open_qmp(path: Path, timeout_s: float) -> "Iterator[QmpMachine]":
 
 
 async def _connect(client: QMPClient, path: Path, timeout_s: float) -> None:
+    connection = socket.socket(socket.AF_UNIX)
     try:
         async with asyncio.timeout(timeout_s):
-            await client.connect(str(path))
-    except TimeoutError:
-        raise Unreachable(
-            "qmp-busy",
-            f"QEMU does not greet on {path}: another program has its monitor; give QEMU a monitor "
-            "for Stratocache, or use --domain when libvirt runs it.",
-        ) from None
-    except ConnectError as error:
-        if isinstance(error.exc, _GONE):
-            raise QemuGone(path, error.exc) from None
-        if isinstance(error.exc, PermissionError):
+            await _reach(connection, path)
+            await client.connect(connection)
+    except BaseException as error:
+        connection.close()
+        cause = error.exc if isinstance(error, ConnectError) else error
+        if isinstance(cause, _GONE):
+            raise QemuGone(path, cause) from None
+        if isinstance(cause, TimeoutError):
+            raise Unreachable(
+                "qmp-busy",
+                f"QEMU does not greet on {path}: another program has its monitor; give QEMU one "
+                "for Stratocache, or use --domain when libvirt runs it.",
+            ) from None
+        if isinstance(cause, PermissionError):
             raise Unreachable("qmp-forbidden", f"You may not use the monitor {path}.") from None
-        raise Unreachable(
-            "qmp-invalid", f"What answers on {path} is no QMP monitor ({error.exc})."
-        ) from None
+        if isinstance(error, ConnectError | OSError):
+            raise Unreachable(
+                "qmp-invalid", f"What answers on {path} is no QMP monitor ({cause})."
+            ) from None
+        raise
+
+
+async def _reach(connection: socket.socket, path: Path) -> None:
+    """Connect; QEMU lets only one wait, and asyncio itself cannot connect to a full queue."""
+    connection.setblocking(False)
+    while True:
+        try:
+            connection.connect(str(path))
+            return
+        except BlockingIOError:
+            await asyncio.sleep(_POLL_S)
 
 
 class QmpMachine:

@@ -154,6 +154,15 @@ def test_qemu_command_is_whole() -> None:
     assert command[-2:] == ["-blockdev", "x"]
 
 
+def test_qemu_command_with_a_monitor_takes_more_disks() -> None:
+    """--qmp adds a monitor on that socket and ports for disks that are plugged later."""
+    command = qemu_command([], 256 * 1024**2, "tcg", Path("/run/a,b"))
+
+    assert command[command.index("-qmp") + 1] == "unix:/run/a,,b,server=on,wait=off"
+    ports = [argument for argument in command if argument.startswith("pcie-root-port,")]
+    assert len(set(ports)) == len(ports) == 8
+
+
 def test_control_characters_do_not_reach_the_terminal() -> None:
     """Text from a catalogue cannot steer a terminal or break a line."""
     assert plain("a\x1b[2Jb\nc\x9b") == "a?[2Jb?c?"

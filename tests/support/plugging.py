@@ -9,7 +9,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -121,14 +122,15 @@ class PrivateLibvirt:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def start(self, name: str, script: str, *, ports: int) -> None:
+    def start(self, name: str, script: str, *, ports: int, paused: bool = False) -> None:
         """Start a domain (q35) of the demonstration's image that runs `script`, with PCIe ports."""
         boot, passed = self.folder / "boot.raw", self.folder / "script"
         if not boot.exists():
             subprocess.run(["cp", "--sparse=always", system_image(), boot], check=True)
         passed.write_text(script)
         port = "<controller type='pci' model='pcie-root-port'/>"
-        self.virsh("create", "/dev/stdin", given=f"""
+        options = ["--paused"] if paused else []
+        self.virsh("create", "/dev/stdin", *options, given=f"""
             <domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
             <sysinfo type='fwcfg'>
               <entry name='opt/stratocache/script' file='{passed}'/></sysinfo>
@@ -194,6 +196,26 @@ class PrivateLibvirt:
             shutil.rmtree(self.folder)
 
 
+@contextmanager
+def paused_qemu(*monitors: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a QEMU without disks that has one free port."""
+    options = [f"unix:{path},server=on,wait=off" for path in monitors]
+    with subprocess.Popen(
+        ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "32", "-S", "-nodefaults",
+         "-no-user-config", "-display", "none", "-device", "pcie-root-port,id=plug1,chassis=1",
+         *(argument for option in options for argument in ("-qmp", option))],
+        stdin=subprocess.DEVNULL,
+    ) as qemu:  # fmt: skip
+        try:
+            deadline = time.monotonic() + _START_TIMEOUT_S
+            while not all(path.exists() for path in monitors):
+                assert qemu.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            yield qemu
+        finally:
+            qemu.kill()
+
+
 def qmp(monitor: Path, command: str, **arguments: Any) -> Any:
     """Execute one QMP command on a monitor of its own and return the answer's `return`."""
     with socket.socket(socket.AF_UNIX) as connection:
@@ -208,3 +230,11 @@ def qmp(monitor: Path, command: str, **arguments: Any) -> Any:
                 while "return" not in (answer := json.loads(stream.readline())):
                     assert "error" not in answer, answer
             return answer["return"]
+
+
+def seen(monitor: Path) -> set[str]:
+    """Return the names of QEMU's block nodes, devices with an id, and objects."""
+    nodes = {node["node-name"] for node in qmp(monitor, "query-named-block-nodes")}
+    for path in ("/machine/peripheral", "/objects"):
+        nodes |= {item["name"] for item in qmp(monitor, "qom-list", path=path)}
+    return nodes

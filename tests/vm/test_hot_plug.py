@@ -1,8 +1,10 @@
 """Disks that come to running guests and go again, by QEMU's monitor and by libvirt."""
 
 import json
+import socket as socket_module
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,17 @@ import pytest
 from stratodemo.guest import Guest
 from support.appliance import Appliance
 from support.guests import file_disk, system_image
-from support.plugging import PrivateLibvirt, pattern, pattern_digest, plug_script, qmp
+from support.plugging import (
+    PrivateLibvirt,
+    pattern,
+    pattern_digest,
+    paused_qemu,
+    plug_script,
+    qmp,
+    seen,
+)
+
+from stratocache.api.guest_disk import Handout
 
 pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -83,14 +95,14 @@ def test_disks_come_and_go_in_qemu(appliance: Appliance, tmp_path: Path, machine
     disks = file_disk(system_image(), boot=True, readonly=True)
     with Guest([*disks, *_MACHINES[machine], *monitors], plug_script(3), name=machine) as guest:
         guest.wait_for("ready", _BOOT_TIMEOUT_S)
-        before = _seen(tmp_path / "watch")
+        before = seen(tmp_path / "watch")
         _refused(appliance, 4, "bus-no-hotplug", "disk", "attach", first, *place, "--bus", "ide")
         assert _attachments(appliance, first) == []
-        assert _seen(tmp_path / "watch") == before
+        assert seen(tmp_path / "watch") == before
 
         made = appliance.json("disk", "attach", first, *place)
         assert made["plug"]["guest_device"] == f"/dev/disk/by-id/virtio-{_serial(first)}"
-        assert made["plug"]["node_name"] in _seen(tmp_path / "watch")
+        assert made["plug"]["node_name"] in seen(tmp_path / "watch")
         assert guest.wait_for("disk-1", _TIMEOUT_S) == f"vdb {_serial(first)}"
         secret = _attachments(appliance, first)[0]["chap"]["secret"]
         assert secret not in json.dumps(made)
@@ -109,7 +121,7 @@ def test_disks_come_and_go_in_qemu(appliance: Appliance, tmp_path: Path, machine
         assert gone == {"detached": first, "instance": machine, "unplugged": True}
         assert guest.wait_for("gone-1", _TIMEOUT_S) == "vdb"
         assert _attachments(appliance, first) == []
-        assert _seen(tmp_path / "watch") == before
+        assert seen(tmp_path / "watch") == before
 
         made = appliance.json("disk", "attach", first, *place, "--bus", "scsi")
         assert made["plug"]["guest_device"].endswith(f"scsi-0QEMU_QEMU_HARDDISK_{_serial(first)}")
@@ -125,12 +137,95 @@ def test_disks_come_and_go_in_qemu(appliance: Appliance, tmp_path: Path, machine
     assert _data(appliance, second).startswith(pattern(3))
 
 
-def _seen(monitor: Path) -> set[str]:
-    """Return the names of QEMU's block nodes, devices with an id, and objects."""
-    nodes = {node["node-name"] for node in qmp(monitor, "query-named-block-nodes")}
-    for path in ("/machine/peripheral", "/objects"):
-        nodes |= {item["name"] for item in qmp(monitor, "qom-list", path=path)}
-    return nodes
+def test_guest_that_keeps_a_disk_keeps_the_attachment(appliance: Appliance, tmp_path: Path) -> None:
+    """A disk that the guest, here one that does not run, does not give back stays attached."""
+    uuid = _new_disk(appliance)
+    socket, watch = tmp_path / "qmp", tmp_path / "watch"
+    place = ("--instance", "kept", "--qmp", str(socket))
+    with paused_qemu(socket, watch) as qemu:
+        node = appliance.json("disk", "attach", uuid, *place)["plug"]["node_name"]
+        for _ in range(2):  # the second time QEMU says that it has asked already
+            _refused(
+                appliance, 4, "unplug-timeout", "disk", "detach", uuid, *place, "--timeout", "1"
+            )
+            assert len(_attachments(appliance, uuid)) == 1
+            assert node in seen(watch)
+        waiting = subprocess.Popen(
+            appliance.command("disk", "detach", uuid, *place, "--json"),
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with waiting:
+            _wait_for_holder(socket)
+            qemu.kill()
+            shown = waiting.communicate(timeout=_TIMEOUT_S)[0]
+    assert json.loads(shown) == {"detached": uuid, "instance": "kept", "unplugged": False}
+    assert _attachments(appliance, uuid) == []
+
+
+def _wait_for_holder(monitor: Path) -> None:
+    """Wait until somebody is connected to a monitor, which then does not greet others."""
+    while True:
+        with socket_module.socket(socket_module.AF_UNIX) as probe:
+            probe.settimeout(1)
+            probe.connect(str(monitor))
+            try:
+                probe.recv(1)
+            except TimeoutError:
+                return
+
+
+def test_leftovers_of_a_killed_command_are_no_obstacle(
+    appliance: Appliance, tmp_path: Path
+) -> None:
+    """Where a command died half-way, the next one plugs the disk; another takes it out whole."""
+    uuid = _new_disk(appliance)
+    socket, watch = tmp_path / "qmp", tmp_path / "watch"
+    place = ("--instance", "left", "--qmp", str(socket))
+    with paused_qemu(socket, watch):
+        before = seen(watch)
+        appliance.json("disk", "attach", uuid, "--instance", "left")
+        handout = Handout.of(_attachments(appliance, uuid)[0])
+        secret = {"qom-type": "secret", "id": handout.secret_id, "data": handout.secret}
+        qmp(watch, "object-add", **secret)
+        qmp(watch, "blockdev-add", **handout.blockdev)
+
+        made = appliance.json("disk", "attach", uuid, *place, "--bus", "scsi")
+        assert made["plug"]["already_plugged"] is False
+        assert appliance.json("disk", "detach", uuid, *place)["unplugged"] is True
+        assert seen(watch) == before | {"sc-scsi"}
+
+
+@pytest.mark.parametrize("kind", ["qmp", "libvirt"])
+def test_commands_at_once_do_not_disturb_each_other(
+    appliance: Appliance, tmp_path: Path, kind: str
+) -> None:
+    """Disks that several commands plug at once are all there, each once, also one that two plug."""
+    uuids = [_new_disk(appliance) for _ in range(3)]
+    with ExitStack() as stack:
+        if kind == "qmp":
+            stack.enter_context(paused_qemu(tmp_path / "qmp"))
+            place = ["--qmp", str(tmp_path / "qmp")]
+        else:
+            libvirt = stack.enter_context(PrivateLibvirt())
+            libvirt.start("many", "", ports=1, paused=True)
+            place = ["--domain", "many", "--libvirt", libvirt.uri]
+        place += ["--instance", f"many-{kind}"]
+        running = [
+            stack.enter_context(subprocess.Popen(
+                appliance.command("disk", "attach", uuid, *place, "--bus", "scsi", "--json"),
+                stdout=subprocess.PIPE, text=True,
+            ))
+            for uuid in (*uuids, uuids[0])
+        ]  # fmt: skip
+        plugs = [json.loads(command.communicate(timeout=_TIMEOUT_S)[0])["plug"]
+                 for command in running]  # fmt: skip
+        assert {plug["serial"] for plug in plugs} == {_serial(uuid) for uuid in uuids}
+        assert len({plug["qdev_id"] for plug in plugs}) == 3
+        if kind == "libvirt":
+            shown = libvirt.virsh("domblklist", "many").splitlines()
+            assert [line.split()[0] for line in shown] == ["vda", "sda", "sdb", "sdc"]
+        for uuid in uuids:
+            assert appliance.json("disk", "detach", uuid, *place)["unplugged"] is True
 
 
 def test_disks_come_and_go_in_a_libvirt_domain(appliance: Appliance) -> None:
