@@ -1,7 +1,10 @@
 """Hot plug by the command line, where the machine or its monitor is not what one would wish."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from support.plugging import paused_qemu, seen
 from stratocache.api.command_line import command_line
 from stratocache.api.guest_disk import Handout
 from stratocache.api.representations import AttachmentView
-from stratocache.cache.configuration import Configuration
+from stratocache.cache.configuration import Configuration, IscsiSettings
 from stratocache.fs import intents, inventory
 from stratocache.fs.records import Caller
 
@@ -123,6 +126,36 @@ def test_monitor_in_use_is_not_waited_for_long(api: Api, run: Run, monitor: Path
 
     error(result, 10, "qmp-busy")
     assert attached(api, uuid) == []
+
+
+def test_ctrl_c_takes_everything_back(
+    api: Api, configuration: Configuration, monitor: Path
+) -> None:
+    """SIGINT while QEMU logs in to a portal that does not answer leaves nothing in it or in us."""
+    uuid = insert_disk(api.db)
+    before = seen(monitor)
+    with socket.create_server(("127.0.0.1", 0)) as portal:
+        port = portal.getsockname()[1]
+        silent = configuration.model_copy(update={"iscsi": IscsiSettings(port=port)})
+        with serving(silent), standing_in(api.db), subprocess.Popen(
+            [sys.executable, "-m", "stratocache", "--run-dir", str(configuration.run_dir),
+             "disk", "attach", uuid, "--instance", "vm", "--qmp", str(monitor)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as command:  # fmt: skip
+            try:
+                portal.settimeout(30)
+                connection, _ = portal.accept()
+                command.send_signal(signal.SIGINT)
+                portal.close()
+                connection.close()  # now QEMU's login fails, and it listens to us again
+                stdout, stderr = command.communicate(timeout=60)
+            finally:
+                command.kill()
+
+    assert (command.returncode, stdout) == (1, "")
+    assert stderr.endswith("[interrupted]\n")
+    assert attached(api, uuid) == []
+    assert seen(monitor) == before
 
 
 @pytest.mark.parametrize("greeting", [b"SSH-2.0-x\r\n", b"[]\n", b"{}\n", b"x" * 100, b""])

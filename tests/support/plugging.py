@@ -9,12 +9,13 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from stratocache.api.launch_commands import qemu_command
 from support.guests import system_image
 
 PATTERN_BYTES = 1024**2
@@ -197,14 +198,16 @@ class PrivateLibvirt:
 
 
 @contextmanager
-def paused_qemu(*monitors: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a QEMU without disks that has one free port."""
-    options = [f"unix:{path},server=on,wait=off" for path in monitors]
+def paused_qemu(
+    *monitors: Path, arguments: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the machine of `launch --run qemu --qmp`, with more monitors and without starting it."""
+    first, *others = monitors
+    more = [f"unix:{path},server=on,wait=off" for path in others]
     with subprocess.Popen(
-        ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "32", "-S", "-nodefaults",
-         "-no-user-config", "-display", "none", "-device", "pcie-root-port,id=plug1,chassis=1",
-         *(argument for option in options for argument in ("-qmp", option))],
-        stdin=subprocess.DEVNULL,
+        [*qemu_command(arguments, 64 * 1024**2, "tcg", first), "-S",
+         *(argument for monitor in more for argument in ("-qmp", monitor))],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     ) as qemu:  # fmt: skip
         try:
             deadline = time.monotonic() + _START_TIMEOUT_S

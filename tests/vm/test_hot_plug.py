@@ -174,6 +174,24 @@ def _wait_for_holder(monitor: Path) -> None:
                 return
 
 
+def test_disk_that_a_machine_started_with_is_plugged(appliance: Appliance, tmp_path: Path) -> None:
+    """A disk of QEMU's command line counts as plugged; where it cannot go, it stays attached."""
+    uuid, other = _new_disk(appliance), _new_disk(appliance)
+    place = ("--instance", "started", "--qmp", str(tmp_path / "qmp"))
+    given = appliance.json("disk", "attach", uuid, "--instance", "started")["qemu_args"]
+    with paused_qemu(tmp_path / "qmp", arguments=given):
+        found = appliance.json("disk", "attach", uuid, *place)["plug"]
+        assert found["already_plugged"] is True
+        assert found["qdev_id"].startswith("/machine/")
+        _refused(appliance, 4, "unplug-refused", "disk", "detach", uuid, *place)
+        assert len(_attachments(appliance, uuid)) == 1
+
+        ready = appliance.json("disk", "attach", other, *place, "--access", "ro")
+        assert (ready["access"], ready["plug"]["bus"]) == ("ro", "virtio")
+    for disk in (uuid, other):
+        assert appliance.json("disk", "detach", disk, *place)["unplugged"] is False
+
+
 def test_leftovers_of_a_killed_command_are_no_obstacle(
     appliance: Appliance, tmp_path: Path
 ) -> None:
@@ -239,14 +257,15 @@ def test_disks_come_and_go_in_a_libvirt_domain(appliance: Appliance) -> None:
         _refused(appliance, 4, "bus-no-hotplug", "disk", "attach", uuid, *place, "--bus", "ide")
         assert _attachments(appliance, uuid) == []
 
-        made = appliance.json("disk", "attach", uuid, *place)
+        bound = (*place, "--initiator", "iqn.2026-11.org.example:host")
+        made = appliance.json("disk", "attach", uuid, *bound)
         assert (made["plug"]["target_dev"], made["plug"]["bus"]) == ("vdb", "virtio")
         assert libvirt.wait_for("disk-1", _TIMEOUT_S) == f"vdb {_serial(uuid)}"
         assert f'serial="{_serial(uuid)}"' in _as_attributes(libvirt.virsh("dumpxml", "vm1"))
         secret = _attachments(appliance, uuid)[0]["chap"]["secret"]
         assert secret not in libvirt.virsh("dumpxml", "vm1", "--security-info")
         _secret_is_nowhere(secret, appliance.root, libvirt.folder)
-        again = appliance.json("disk", "attach", uuid, *place)
+        again = appliance.json("disk", "attach", uuid, *bound)
         assert again == {**made, "plug": {**made["plug"], "already_plugged": True}}
         _refused(appliance, 4, "no-hotplug-slot", "disk", "attach", other, *place)
         assert _attachments(appliance, other) == []
