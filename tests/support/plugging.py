@@ -25,7 +25,8 @@ _REPORT = re.compile(r"STRATO (?P<key>[a-z0-9_-]+)=(?P<value>.*)")
 _NOBODY = 65534
 
 # One step for each disk that comes: read what the step before wrote, write another pattern, and
-# wait until the disk is gone. Serials: virtio's own file, or page 0x80 of a SCSI disk.
+# wait until the disk is gone. Its serial is what udev makes the name below by-id from: virtio's own
+# file, or the only designator of a SCSI disk (page 0x83).
 _SCRIPT = """
 report ready yes
 step=1
@@ -33,7 +34,7 @@ while [ "$step" -le @steps@ ]; do
     until path=$(disk 1); do usleep 50000; done
     name=${path##*/}
     serial=$(cat /sys/block/$name/serial 2>/dev/null ||
-        tail -c +5 /sys/block/$name/device/vpd_pg80)
+        tail -c +9 /sys/block/$name/device/vpd_pg83)
     report "read-$step" "$(head -c @bytes@ "$path" | sha256sum | cut -d' ' -f1)"
     yes "step $step" | head -c @bytes@ > /tmp/pattern
     dd if=/tmp/pattern of="$path" bs=64k conv=fsync 2>/dev/null || exit 1
