@@ -54,6 +54,11 @@ class FetchSettings(_Table):
     max_image_bytes: Annotated[int, Field(ge=1)] = 2 * 1024**4
     max_parallel: Annotated[int, Field(ge=1, le=64)] = 4
     """Images fetched at the same time."""
+    origin_parallel: Annotated[int, Field(ge=2, le=64)] = 8
+    """Requests for chunks at one server at a time; half of them are kept for guests that wait."""
+    demand_timeout_s: Annotated[float, Field(gt=0, le=600)] = 25
+    """How long a guest's read waits for a chunk before that block is an error; below the 30 s after
+    which Linux' initiator gives a command up."""
 
 
 class IscsiSettings(_Table):

@@ -25,6 +25,16 @@ class Endorser(BaseModel):
     """Lower-case hexadecimal SHA-256 of the signing certificate; empty when unsigned."""
 
 
+class EndorsedIndex(BaseModel):
+    """Where the chunk index of an image is, and its digest as the endorser signed it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    sha256: str
+    """Of the `.caibx` file, lower-case hexadecimal."""
+
+
 class Entry(BaseModel):
     """One endorsement of one image, as its catalogue gave it and after its signature was judged.
 
@@ -42,6 +52,8 @@ class Entry(BaseModel):
     locations: tuple[str, ...]
     compression: Compression = "none"
     format: ImageFormat = "raw"
+    index: EndorsedIndex | None = None
+    """Lets every chunk be verified by itself, before the whole image is here."""
     endorser: Endorser
     endorsed_at: datetime
     trust: Trust

@@ -108,34 +108,47 @@ class Manifest:
         The file is untrusted: its size is judged before memory is taken. Raises `NotVerified`
         (`manifest-invalid`) naming the first fault, and `FileNotFoundError`.
         """
-        file_bytes_max = _FRAME_BYTES + _chunk_count(image_bytes_max) * _ITEM.size
+        file_bytes_max = index_bytes(image_bytes_max)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > file_bytes_max:
-                raise _invalid(path, f"{size} bytes are more than an image may need")
+                raise _invalid(str(path), f"{size} bytes are more than an image may need")
             content = file.read(file_bytes_max + 1)
-        if len(content) < _FRAME_BYTES or (len(content) - _FRAME_BYTES) % _ITEM.size:
-            raise _invalid(path, f"no index has {len(content)} bytes")
-        if not content.startswith(_HEADER):
-            raise _invalid(path, "it is not a casync index of 512 KiB chunks named by SHA-256")
-        table_bytes = len(content) - len(_HEADER) + _TABLE_HEADER_BYTES
-        if content[-_TAIL.size :] != _TAIL.pack(0, 0, 48, table_bytes, _TAIL_MAGIC):
-            raise _invalid(path, "its tail is damaged")
-        return cls._parse(path, memoryview(content)[len(_HEADER) : -_TAIL.size], image_bytes_max)
+        return cls.parse(content, str(path), image_bytes_max=image_bytes_max)
 
     @classmethod
-    def _parse(cls, path: Path, items: memoryview, image_bytes_max: int) -> "Manifest":
+    def parse(cls, content: bytes, name: str, *, image_bytes_max: int) -> "Manifest":
+        """Read the bytes of a `.caibx` file; `name` is what errors call it.
+
+        Raises `NotVerified` (`manifest-invalid`) naming the first fault.
+        """
+        if len(content) < _FRAME_BYTES or (len(content) - _FRAME_BYTES) % _ITEM.size:
+            raise _invalid(name, f"no index has {len(content)} bytes")
+        if not content.startswith(_HEADER):
+            raise _invalid(name, "it is not a casync index of 512 KiB chunks named by SHA-256")
+        table_bytes = len(content) - len(_HEADER) + _TABLE_HEADER_BYTES
+        if content[-_TAIL.size :] != _TAIL.pack(0, 0, 48, table_bytes, _TAIL_MAGIC):
+            raise _invalid(name, "its tail is damaged")
+        return cls._items(memoryview(content)[len(_HEADER) : -_TAIL.size], name, image_bytes_max)
+
+    @classmethod
+    def _items(cls, items: memoryview, name: str, image_bytes_max: int) -> "Manifest":
         digests = bytearray()
         end = 0
         for item_end, digest in _ITEM.iter_unpack(items):
             size = item_end - end
             if end % CHUNK_BYTES or not 0 < size <= CHUNK_BYTES:
-                raise _invalid(path, f"chunk {len(digests) // DIGEST_BYTES} has a wrong end offset")
+                raise _invalid(name, f"chunk {len(digests) // DIGEST_BYTES} has a wrong end offset")
             digests += digest
             end = item_end
         if end > image_bytes_max:
-            raise _invalid(path, f"an image of {end} bytes is over the limit of {image_bytes_max}")
+            raise _invalid(name, f"an image of {end} bytes is over the limit of {image_bytes_max}")
         return cls(end, bytes(digests))
+
+
+def index_bytes(image_bytes: int) -> int:
+    """Return the length of the `.caibx` file of an image of so many bytes."""
+    return _FRAME_BYTES + _chunk_count(image_bytes) * _ITEM.size
 
 
 def fsync_directory(path: Path) -> None:
@@ -151,5 +164,5 @@ def _chunk_count(size_bytes: int) -> int:
     return -(-size_bytes // CHUNK_BYTES)
 
 
-def _invalid(path: Path, fault: str) -> NotVerified:
-    return NotVerified("manifest-invalid", f"{path} is not a valid manifest: {fault}.")
+def _invalid(name: str, fault: str) -> NotVerified:
+    return NotVerified("manifest-invalid", f"{name} is not a valid manifest: {fault}.")

@@ -32,10 +32,10 @@ _REDIRECTS_MAX = 10
 _BUFFER_BYTES = 1024**2
 _GAIN_BYTES = 64 * 1024
 """An attempt that brought this much does not count as a failure: long files survive many cuts."""
-_GONE = frozenset({404, 410})
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
-_ERRORS_THAT_PASS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+GONE_STATUSES = frozenset({404, 410})
+PASSING_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
+ERRORS_THAT_PASS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class HttpOrigin:
         if source and source.validator and offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": source.validator}
         try:
-            async with self._response(location, headers) as response:
+            async with respond(self._client, location, headers, self._timeout) as response:
                 _judge_status(response, offset)
                 begun = _begin(response, location, source, offset)
                 if response.status_code == 200:
@@ -142,33 +142,11 @@ class HttpOrigin:
                     limit.judge(begun.length_bytes, total=True)
                     self._space.require(begun.length_bytes - offset)
                 await self._receive(response, stage, begun, offset, limit, progress)
-        except _ERRORS_THAT_PASS as error:
+        except ERRORS_THAT_PASS as error:
             raise _Passing(f"The connection failed: {_describe(error)}") from None
         except (httpx.InvalidURL, httpx.HTTPError) as error:
             raise OriginFailed("origin-failed", f"It failed: {_describe(error)}.") from None
         return offset > 0
-
-    @asynccontextmanager
-    async def _response(
-        self, location: str, headers: dict[str, str]
-    ) -> AsyncIterator[httpx.Response]:
-        url = httpx.URL(location)
-        for _ in range(_REDIRECTS_MAX + 1):
-            if url.scheme not in ("http", "https") or not url.host:
-                raise Refused(
-                    "location-refused", f"It leads to {str(url)[:200]}, not http or https."
-                )
-            request = self._client.build_request("GET", url, headers=headers, timeout=self._timeout)
-            response = await self._client.send(request, stream=True, follow_redirects=False)
-            try:
-                if not response.has_redirect_location:
-                    yield response
-                    return
-                url = url.join(response.headers["Location"])
-            finally:
-                with trio.CancelScope(shield=True):
-                    await response.aclose()
-        raise OriginFailed("origin-failed", f"It redirects more than {_REDIRECTS_MAX} times.")
 
     async def _receive(
         self, response: httpx.Response, stage: Stage, begun: Source, offset: int,
@@ -217,6 +195,31 @@ class HttpOrigin:
             buffer.clear()
 
 
+@asynccontextmanager
+async def respond(
+    client: httpx.AsyncClient, location: str, headers: dict[str, str], limits: httpx.Timeout
+) -> AsyncIterator[httpx.Response]:
+    """Ask for a location, follow its redirects, and yield the answer before its body is read.
+
+    Raises `Refused` (`location-refused`), `OriginFailed` (`origin-failed`) and what httpx raises.
+    """
+    url = httpx.URL(location)
+    for _ in range(_REDIRECTS_MAX + 1):
+        if url.scheme not in ("http", "https") or not url.host:
+            raise Refused("location-refused", f"It leads to {str(url)[:200]}, not http or https.")
+        request = client.build_request("GET", url, headers=headers, timeout=limits)
+        response = await client.send(request, stream=True, follow_redirects=False)
+        try:
+            if not response.has_redirect_location:
+                yield response
+                return
+            url = url.join(response.headers["Location"])
+        finally:
+            with trio.CancelScope(shield=True):
+                await response.aclose()
+    raise OriginFailed("origin-failed", f"It redirects more than {_REDIRECTS_MAX} times.")
+
+
 def open_file(location: str) -> BinaryIO:
     """Open the regular file that a `file:` location names.
 
@@ -260,7 +263,7 @@ def _begin(response: httpx.Response, location: str, source: Source | None, offse
         text = response.headers.get("Content-Length", "")
         length = int(text) if re.fullmatch(r"\d{1,19}", text) else None
         return Source(location, _validator(response.headers), length)
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if source is None or match is None or int(match[1]) != offset:
         raise _StartOver("The server answers with a part nobody asked for")
     total = int(match[3])
@@ -278,12 +281,17 @@ def _judge_status(response: httpx.Response, offset: int) -> None:
     if status == 416 and offset:
         raise _StartOver("The server cannot continue where the download stopped")
     reason = f"The server answers {status} {response.reason_phrase[:60]}".rstrip()
-    if status in _GONE:
+    if status in GONE_STATUSES:
         raise NotFound("location-not-found", f"{reason}.")
-    if status in _PASSING:
-        text = response.headers.get("Retry-After", "")
-        raise _Passing(reason, float(text) if re.fullmatch(r"\d{1,6}", text) else 0)
+    if status in PASSING_STATUSES:
+        raise _Passing(reason, retry_after_s(response))
     raise OriginFailed("origin-failed", f"{reason}.")
+
+
+def retry_after_s(response: httpx.Response) -> float:
+    """Return how long a server asks us to wait, 0 when it does not say in seconds."""
+    text = response.headers.get("Retry-After", "")
+    return float(text) if re.fullmatch(r"\d{1,6}", text) else 0.0
 
 
 def _validator(headers: httpx.Headers) -> str | None:

@@ -1,0 +1,474 @@
+"""Chunks on demand: brings single chunks of images to the store, each verified, each once.
+
+`ChunkFetcher.fetch` is for whoever needs a chunk now: a guest's read, a repair. `bring` is for the
+background. However many ask for a chunk, one request is made for it (a *flight*). DEMAND.md has the
+order of things, the limits, and what happens when an origin fails.
+"""
+
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import httpx
+import trio
+
+from stratocache.cache.chunk_origins import ChunkOrigin, Unavailable, Wanted, host_of, origins_of
+from stratocache.cache.chunks import DIGEST_BYTES
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.entry import Entry
+from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
+from stratocache.cache.images import ImageStore
+from stratocache.cache.manifest import Manifest
+from stratocache.cache.origin import Backoff
+from stratocache.cache.space import Space
+from stratocache.cache.traffic import Traffic
+
+log = logging.getLogger(__name__)
+
+READER: ContextVar[str] = ContextVar("READER", default="")
+"""On whose behalf the running task reads; its waits are counted under this name."""
+
+_FIRST_REST_S = 2.0
+"""For how long an origin that served something wrong is left alone; doubled each time …"""
+_REST_MAX_S = 300.0
+"""… up to this."""
+_QUIET_S = 1.0
+"""The background waits until guests have not asked for anything for so long …"""
+_YIELD_MAX_S = 60.0
+"""… but never longer than this."""
+
+EntryOf = Callable[[str], Entry | None]
+"""Returns the entry of an image that may be read, None for another name; called in threads."""
+Refetch = Callable[[Entry], Awaitable[object]]
+"""Fetches an image whole, so that its chunks are in the store again."""
+
+
+@dataclass
+class _Image:
+    """An image that chunks can be fetched of."""
+
+    entry: Entry
+    manifest: Manifest
+    origins: list[ChunkOrigin]
+
+    def wanted(self, index: int) -> Wanted:
+        return Wanted(index, self.manifest.digest(index), self.manifest.chunk_bytes(index))
+
+
+@dataclass
+class _Flight:
+    """One chunk on its way."""
+
+    landed: trio.Event = field(default_factory=trio.Event)
+    arrived: bool = False
+    error: Exception | None = None
+    """Why it did not arrive; None also when others may well try again."""
+
+
+@dataclass
+class _Health:
+    """What an origin did lately."""
+
+    failures: int = 0
+    """In a row, that may pass."""
+    wrongs: int = 0
+    """Ever, that are no accident."""
+    rests_until: float = 0.0
+
+
+class _Host:
+    """Limits for one server: guests' requests never queue behind those of the background."""
+
+    def __init__(self, parallel: int) -> None:
+        self.background = trio.CapacityLimiter(parallel // 2)
+        self.demand = trio.CapacityLimiter(parallel - parallel // 2)
+
+
+class ChunkFetcher:
+    """Fetches chunks of all images of one cache. Belongs to one trio loop; flights run in `nursery`.
+
+    `refetch` is the way to a chunk of an image that can only be read whole (compressed, qcow2).
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        images: ImageStore,
+        client: httpx.AsyncClient,
+        nursery: trio.Nursery,
+        entry_of: EntryOf,
+        *,
+        refetch: Refetch | None = None,
+        backoff: Backoff | None = None,
+    ) -> None:
+        settings = configuration.fetch
+        self.timeout_s = settings.demand_timeout_s
+        self.background_parallel = settings.origin_parallel // 2
+        self.traffic = Traffic()
+        self._parallel = settings.origin_parallel
+        self._images = images
+        self._client = client
+        self._nursery = nursery
+        self._entry_of = entry_of
+        self._refetch = refetch
+        self._backoff = backoff or Backoff()
+        self._space = Space(configuration.state_dir, configuration.space.reserve_bytes)
+        # A server that says nothing for a third of a guest's patience is given up for another one.
+        quiet_s = min(settings.read_timeout_s, self.timeout_s / 3)
+        connect_s = min(settings.connect_timeout_s, self.timeout_s / 3)
+        self._timeout = httpx.Timeout(quiet_s, connect=connect_s, pool=None)
+        self._known: dict[str, _Image] = {}
+        self._flights: dict[bytes, _Flight] = {}
+        self._hosts: dict[str, _Host] = {}
+        self._health: defaultdict[str, _Health] = defaultdict(_Health)
+        self._refetching: dict[str, trio.Event] = {}
+        self._asking = 0
+        self._asked_at = 0.0
+        # Apart from trio's own: threads that wait for chunks must not keep chunks from landing.
+        self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
+
+    # Now.
+
+    async def fetch(self, image_id: str, index: int) -> None:
+        """Return when chunk `index` of an image is in the store, fetching it when it is not.
+
+        For guests' reads and for repairs: it goes before everything else. A chunk that is there but
+        damaged must have been moved away. Raises `OriginFailed` (`chunk-unreachable`) when no origin
+        gave it within `fetch.demand_timeout_s`, `NotVerified` (`chunk-missing`) when there is none
+        to ask, `NoSpace`, and what reading the manifest raises.
+        """
+        image = await self._image(image_id)
+        if image is None:
+            raise _nowhere(f"{index} of {image_id}")
+        await self._demand(image.manifest.digest(index), [(image, index)])
+
+    async def fetch_digest(self, digest: bytes) -> None:
+        """As `fetch`, for a chunk of whichever images have it."""
+        places = await self._places(digest)
+        if not places:
+            raise _nowhere(digest.hex())
+        await self._demand(digest, places)
+
+    async def supply(self, name: str, index: int, digest: bytes) -> None:
+        """As `fetch`, for chunk `index` of any manifest: an image's, or a snapshot's of a disk.
+
+        Time that passes is counted as waiting of `READER`.
+        """
+        started = trio.current_time()
+        try:
+            image = await self._image(name)
+            if image is not None and _has(image.manifest, index, digest):
+                await self._demand(digest, [(image, index)])
+            else:
+                await self.fetch_digest(digest)
+        finally:
+            self.traffic.waited(name, READER.get(), trio.current_time() - started)
+
+    async def _demand(self, digest: bytes, places: list[tuple[_Image, int]]) -> None:
+        self._asking += 1
+        try:
+            with trio.move_on_after(self.timeout_s):
+                while True:
+                    flight = self._flights.get(digest)
+                    if flight is None:
+                        flight = self._flights[digest] = _Flight()
+                        self._nursery.start_soon(self._fly, digest, flight, places)
+                    await flight.landed.wait()
+                    if flight.arrived:
+                        return
+                    if flight.error is not None:
+                        raise flight.error
+        finally:
+            self._asking -= 1
+            self._asked_at = trio.current_time()
+        raise OriginFailed(
+            "chunk-unreachable",
+            f"Chunk {digest.hex()} did not come within {self.timeout_s:g} s; check the origins.",
+        )
+
+    async def _fly(self, digest: bytes, flight: _Flight, places: list[tuple[_Image, int]]) -> None:
+        """Bring one chunk, from whichever origin gives it first."""
+        try:
+            flight.arrived = await self._is_there(digest)
+            if not flight.arrived:
+                await self._obtain(flight, places)
+        except (StratocacheError, OSError) as error:
+            flight.error = error
+        except Exception as error:
+            log.exception("fetching chunk %s failed", digest.hex())
+            flight.error = error
+        finally:
+            self._land(digest, flight)
+
+    async def _obtain(self, flight: _Flight, places: list[tuple[_Image, int]]) -> None:
+        deadline = trio.current_time() + self.timeout_s
+        choices = [
+            (origin, image, image.wanted(index))
+            for image, index in places
+            for origin in image.origins
+        ]
+        lacking: set[str] = set()
+        reason = "it has no origin that serves single chunks"
+        while not flight.arrived:
+            now = trio.current_time()
+            left = [choice for choice in choices if choice[0].location not in lacking]
+            ready = [choice for choice in left if self._rests_until(choice[0]) <= now]
+            if not ready:
+                again = min((self._rests_until(origin) for origin, _, _ in left), default=deadline)
+                if not left or again >= deadline:
+                    break
+                await trio.sleep_until(again)
+                continue
+            origin, image, wanted = ready[0]
+            async with self._host(origin).demand:
+                failure = await self._read(origin, image, [wanted], {wanted.digest: flight})
+            if failure is not None:
+                reason = f"{origin.location}: {failure}"
+                if failure.kind == "absent":
+                    lacking.add(origin.location)
+        if not flight.arrived:
+            await self._obtain_whole(flight, places, reason)
+
+    async def _obtain_whole(
+        self, flight: _Flight, places: list[tuple[_Image, int]], reason: str
+    ) -> None:
+        """Fetch a whole image again for the sake of a chunk, when that is the only way."""
+        image, index = places[0]
+        digest = image.manifest.digest(index)
+        if self._refetch is not None and not image.origins:
+            identifier = image.entry.identifier
+            under_way = self._refetching.get(identifier)
+            if under_way is not None:
+                await under_way.wait()
+            else:
+                under_way = self._refetching[identifier] = trio.Event()
+                try:
+                    await self._refetch(image.entry)
+                finally:
+                    del self._refetching[identifier]
+                    under_way.set()
+            flight.arrived = await self._is_there(digest)
+        if not flight.arrived:
+            raise OriginFailed(
+                "chunk-unreachable", f"Chunk {digest.hex()} cannot be fetched ({reason})."
+            )
+
+    # In the background.
+
+    async def bring(self, image_id: str, indexes: Sequence[int]) -> int:
+        """Bring adjacent chunks with few requests; return how many are in the store now.
+
+        Every origin that is not resting is tried once. Those that are on their way already are waited for.
+        Raises `NoSpace`, and what reading the manifest raises.
+        """
+        image = await self._image(image_id)
+        if image is None:
+            return 0
+        missing = await self._missing(image, indexes)
+        for origin in image.origins:
+            if not missing:
+                break
+            for run in _runs(missing, origin.run_max):
+                if self._rests_until(origin) <= trio.current_time():
+                    async with self._host(origin).background:
+                        await self._bring_run(origin, image, run)
+            missing = await self._missing(image, missing)
+        return len(indexes) - len(missing)
+
+    async def _bring_run(self, origin: ChunkOrigin, image: _Image, run: list[int]) -> None:
+        mine: dict[bytes, _Flight] = {}
+        others: list[_Flight] = []
+        for index in run:
+            digest = image.manifest.digest(index)
+            flight = self._flights.get(digest)
+            if flight is None:
+                self._flights[digest] = mine[digest] = _Flight()
+            elif digest not in mine:
+                others.append(flight)
+        try:
+            # what came meanwhile is not asked for again
+            still = await self._missing(image, [i for i in run if image.manifest.digest(i) in mine])
+            for part in _runs(_distinct(image, still), origin.run_max):
+                wanted = [image.wanted(index) for index in part]
+                if await self._read(origin, image, wanted, mine) is not None:
+                    break
+        finally:
+            for digest, flight in mine.items():
+                if self._flights.get(digest) is flight:
+                    self._land(digest, flight)
+        for flight in others:
+            await flight.landed.wait()
+
+    async def quiet(self) -> None:
+        """Return when no guest waits for a chunk, nor did just now; at the latest after a minute."""
+        with trio.move_on_after(_YIELD_MAX_S):
+            while True:
+                until = self._asked_at + _QUIET_S
+                if self._asking == 0 and trio.current_time() >= until:
+                    return
+                await trio.sleep(_QUIET_S if self._asking else until - trio.current_time())
+
+    async def missing(self, image_id: str) -> list[int]:
+        """Return the chunks of an image that are not in the store, in order."""
+        image = await self._image(image_id)
+        return (
+            [] if image is None else await self._missing(image, range(image.manifest.chunk_count))
+        )
+
+    def forget(self, image_id: str) -> None:
+        """Let go of what is known of an image that is about to go."""
+        self._known.pop(image_id, None)
+
+    # Both.
+
+    async def _read(
+        self,
+        origin: ChunkOrigin,
+        image: _Image,
+        wanted: list[Wanted],
+        flights: dict[bytes, _Flight],
+    ) -> Unavailable | None:
+        """Read adjacent chunks from an origin; return why it did not give all of them."""
+        identifier = image.entry.identifier
+
+        async def deliver(item: Wanted, data: bytes) -> None:
+            await trio.to_thread.run_sync(self._store, item, data, limiter=self._limiter)
+            flight = flights[item.digest]
+            flight.arrived = True
+            self.traffic.arrived(identifier, item.size_bytes)
+            self._land(item.digest, flight)
+
+        try:
+            await origin.read(wanted, deliver, lambda count: self.traffic.moved(identifier, count))
+        except Unavailable as error:
+            self._note_failure(origin, error)
+            return error
+        self._health[origin.location].failures = 0
+        return None
+
+    def _note_failure(self, origin: ChunkOrigin, error: Unavailable) -> None:
+        if error.kind == "absent":
+            return
+        health = self._health[origin.location]
+        if error.kind == "wrong":
+            rest_s = min(_REST_MAX_S, _FIRST_REST_S * 2.0**health.wrongs)
+            health.wrongs += 1
+        else:
+            health.failures += 1
+            rest_s = self._backoff.pause_s(health.failures, error.retry_after_s)
+        health.rests_until = trio.current_time() + rest_s
+        log.warning("%s: %s; left alone for %.1f s", origin.location, error, rest_s)
+
+    def _store(self, item: Wanted, data: bytes) -> None:
+        """Verify and keep a chunk; runs in a thread."""
+        if len(data) != item.size_bytes or hashlib.sha256(data).digest() != item.digest:
+            raise Unavailable(f"it serves a wrong chunk {item.index}", "wrong")
+        self._space.require(len(data))
+        self._images.chunks.put(item.digest, data)
+
+    def _land(self, digest: bytes, flight: _Flight) -> None:
+        if self._flights.get(digest) is flight:
+            del self._flights[digest]
+        flight.landed.set()
+
+    def _host(self, origin: ChunkOrigin) -> _Host:
+        return self._hosts.setdefault(host_of(origin.location), _Host(self._parallel))
+
+    def _rests_until(self, origin: ChunkOrigin) -> float:
+        return self._health[origin.location].rests_until
+
+    async def _image(self, image_id: str) -> _Image | None:
+        known = self._known.get(image_id)
+        if known is None:
+            known = await trio.to_thread.run_sync(self._load, image_id)
+            if known is not None:
+                known = self._known.setdefault(image_id, known)
+        return known
+
+    def _load(self, image_id: str) -> _Image | None:
+        entry = self._entry_of(image_id)
+        if entry is None:
+            return None
+        # shared with the image's readers: a manifest is large
+        manifest = self._images.reader(image_id).manifest
+        origins = origins_of(entry, manifest.size_bytes, self._client, self._timeout)
+        return _Image(entry, manifest, origins)
+
+    async def _places(self, digest: bytes) -> list[tuple[_Image, int]]:
+        """Return where a chunk is found, images that serve single chunks first."""
+        found = []
+        for identifier in await trio.to_thread.run_sync(self._images.identifiers):
+            image = await self._image(identifier)
+            index = -1 if image is None else _find(image.manifest, digest)
+            if image is not None and index >= 0:
+                found.append((image, index))
+        return sorted(found, key=lambda place: not place[0].origins)
+
+    async def _missing(self, image: _Image, indexes: Sequence[int]) -> list[int]:
+        def look() -> list[int]:
+            chunks, manifest = self._images.chunks, image.manifest
+            return [
+                index
+                for index in indexes
+                if not manifest.is_zero(index) and manifest.digest(index) not in chunks
+            ]
+
+        return await trio.to_thread.run_sync(look, limiter=self._limiter)
+
+    async def _is_there(self, digest: bytes) -> bool:
+        return await trio.to_thread.run_sync(
+            self._images.chunks.__contains__, digest, limiter=self._limiter
+        )
+
+
+@contextmanager
+def reading_for(reader: str) -> Iterator[None]:
+    """Count what the running task waits for in this block under the name of a reader."""
+    token = READER.set(reader)
+    try:
+        yield
+    finally:
+        READER.reset(token)
+
+
+def _has(manifest: Manifest, index: int, digest: bytes) -> bool:
+    return index < manifest.chunk_count and manifest.digest(index) == digest
+
+
+def _find(manifest: Manifest, digest: bytes) -> int:
+    """Return the index of a chunk, -1 when the image has none such."""
+    start = manifest.digests.find(digest)
+    while start >= 0 and start % DIGEST_BYTES:
+        start = manifest.digests.find(digest, start + 1)
+    return start // DIGEST_BYTES if start >= 0 else -1
+
+
+def _runs(indexes: Sequence[int], run_max: int) -> Iterator[list[int]]:
+    """Cut a rising sequence into runs of adjacent numbers, each of at most `run_max`."""
+    run: list[int] = []
+    for index in indexes:
+        if run and (index != run[-1] + 1 or len(run) >= run_max):
+            yield run
+            run = []
+        run.append(index)
+    if run:
+        yield run
+
+
+def _distinct(image: _Image, indexes: Sequence[int]) -> list[int]:
+    """Leave out all but the first of chunks that are the same."""
+    first: dict[bytes, int] = {}
+    for index in indexes:
+        first.setdefault(image.manifest.digest(index), index)
+    return sorted(first.values())
+
+
+def _nowhere(what: str) -> NotVerified:
+    return NotVerified(
+        "chunk-missing", f"Chunk {what} is not in the store and no image has an origin for it."
+    )

@@ -1,0 +1,47 @@
+"""What fetching cost: bytes moved per image, and the time that readers waited for them."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+
+@dataclass
+class ImageTraffic:
+    """One image, since the process started."""
+
+    remote_bytes: int = 0
+    """Moved over the network, or read from a location, as served."""
+    arrived_bytes: int = 0
+    """Of the image, that these gave."""
+    wait_s: float = 0.0
+    """That readers waited, all of them together."""
+
+
+@dataclass
+class ReaderTraffic:
+    """One reader, a disk or an image that is attached."""
+
+    wait_s: float = 0.0
+    waits: int = 0
+
+
+class Traffic:
+    """Counters that only grow; belongs to one trio loop."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, ImageTraffic] = defaultdict(ImageTraffic)
+        self.readers: dict[str, ReaderTraffic] = defaultdict(ReaderTraffic)
+
+    def arrived(self, image_id: str, size_bytes: int) -> None:
+        """Count a chunk that landed."""
+        self.images[image_id].arrived_bytes += size_bytes
+
+    def moved(self, image_id: str, size_bytes: int) -> None:
+        """Count what an origin sent."""
+        self.images[image_id].remote_bytes += size_bytes
+
+    def waited(self, image_id: str, reader: str, wait_s: float) -> None:
+        """Count the time that a reader waited for a chunk."""
+        self.images[image_id].wait_s += wait_s
+        if reader:
+            self.readers[reader].wait_s += wait_s
+            self.readers[reader].waits += 1
