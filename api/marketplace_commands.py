@@ -11,7 +11,7 @@ import click
 from stratocache.api.session import Session, json_option, plain
 from stratocache.cache import constraints, credentials, document, publication
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.entry import Compression, Entry, ImageFormat
+from stratocache.cache.entry import Compression, EndorsedIndex, Entry, ImageFormat
 from stratocache.cache.errors import InvalidInput, NotVerified
 from stratocache.cache.metadata import DATE_FORMAT
 from stratocache.cache.signature import LegacySha1
@@ -84,6 +84,8 @@ def _signing_options(command: Command) -> Command:
     show_default=True,
 )
 @click.option("--md5", is_flag=True, help="Compute an MD5 too.")
+@click.option("--index", help="URL at which the chunk index of `marketplace index` will be served.")
+@click.option("--index-file", type=_FILE, help="That index; default: IMAGE.caibx beside IMAGE.")
 @json_option
 @click.pass_obj
 def build_metadata(
@@ -93,12 +95,14 @@ def build_metadata(
     output: Path | None,
     email: str | None,
     md5: bool,
+    index: str | None,
+    index_file: Path | None,
     **words: Any,
 ) -> None:
     """Measure IMAGE and write its unsigned metadata.
 
     Size and digests are those of the decompressed image. Without --output the file is named
-    os-osversion-arch-type-version.xml.
+    os-osversion-arch-type-version.xml. With --index a host can launch before it has the image.
     """
     words["locations"] = words.pop("location")
     words["compression"] = words["compression"] or publication.compression_of(image)
@@ -108,6 +112,8 @@ def build_metadata(
         description = replace(description, author=author)
     target = output or Path(_default_name(description))
     measurement = publication.measure(image, md5=md5)
+    if index is not None or index_file is not None:
+        description = replace(description, index=_index(image, index, index_file, measurement))
     data = publication.build_metadata(measurement, description, created=publication.now())
     publication.write(target, data)
     identifier = constraints.check(document.parse_one(data), allow_unendorsed=True).identifier
@@ -119,6 +125,52 @@ def build_metadata(
             "digests": measurement.digests,
         },
         f"{target}: {identifier}, {measurement.size_bytes} bytes",
+    )
+
+
+def _index(
+    image: Path, url: str | None, path: Path | None, measurement: publication.Measurement
+) -> EndorsedIndex:
+    if url is None:
+        raise InvalidInput("index-url-missing", "Give --index, the URL of the file, too.")
+    if path is None:
+        name = image.name if publication.compression_of(image) == "none" else image.stem
+        path = image.with_name(f"{name}.caibx")
+    return publication.endorsed_index(url, path, measurement)
+
+
+@marketplace.command("index")
+@click.argument("image", type=_FILE)
+@click.option("--output", "-o", type=_FOLDER, help="Folder to write to; default: that of IMAGE.")
+@click.option("--bootset", type=_FILE, help="What `image bootset export` wrote, to go beside it.")
+@json_option
+@click.pass_obj
+def index_command(session: Session, image: Path, output: Path | None, bootset: Path | None) -> None:
+    """Write the chunk index IMAGE.caibx and the chunk store IMAGE.castr of a raw IMAGE.
+
+    Serve both beside each other and endorse the index with build-metadata --index: a host then
+    launches the image after fetching what the boot reads. casync and desync read them too.
+    """
+    from stratocache.cache import bootset as boot_sets
+    from stratocache.cache.indexing import index_image
+
+    done = index_image(image, output or image.parent)
+    written = {"index": str(done.index), "store": str(done.store)}
+    if bootset is not None:
+        content = boot_sets.read(bootset)
+        boot_sets.decode(content, done.size_bytes)
+        path = done.index.with_suffix(boot_sets.SUFFIX)
+        boot_sets.write(path, content)
+        written["bootset"] = str(path)
+    session.show(
+        {
+            **written,
+            "sha256": done.sha256,
+            "size_bytes": done.size_bytes,
+            "chunks": done.chunks,
+            "new_chunks": done.new_chunks,
+        },
+        f"{done.index}: {done.size_bytes} bytes in {done.chunks} chunks, {done.new_chunks} new",
     )
 
 

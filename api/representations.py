@@ -8,7 +8,16 @@ from pydantic import BaseModel, ConfigDict
 from stratocache.api import connection_details
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
-from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation, Snapshot
+from stratocache.fs.records import (
+    Attachment,
+    Caller,
+    Disk,
+    Image,
+    ImageState,
+    Launch,
+    Operation,
+    Snapshot,
+)
 from stratocache.fs.target import LUN
 
 
@@ -31,7 +40,7 @@ class ImageView(Representation):
     """An image."""
 
     id: str
-    state: Literal["fetching", "verified", "deleting"]
+    state: ImageState
     size_bytes: int | None
     sha256: str | None
     pinned: bool

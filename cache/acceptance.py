@@ -5,6 +5,7 @@ whether the entry can be used today: deprecation, expiry, digests, locations. `r
 that a stored entry allows, without a network, whenever a cached image is used again.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +18,11 @@ from cryptography.hazmat.primitives import hashes
 from stratocache.cache import constraints, distinguished_name, policy, signature
 from stratocache.cache.configuration import CatalogueSettings
 from stratocache.cache.document import Document
-from stratocache.cache.entry import Compression, Endorser, Entry, ImageFormat
+from stratocache.cache.entry import Compression, EndorsedIndex, Endorser, Entry, ImageFormat
 from stratocache.cache.errors import NotVerified, Refused
 from stratocache.cache.metadata import DATE_FORMAT, Endorsement, Metadata
+
+log = logging.getLogger(__name__)
 
 _MAX_LOCATIONS = 64
 _MAX_LOCATION_CHARACTERS = 2048
@@ -96,6 +99,7 @@ def describe(endorsed: Endorsed, *, endpoint: str, now: datetime) -> Entry:
         locations=locations,
         compression=_compression(metadata, locations[0]),
         format=_format(metadata, locations[0]),
+        index=_usable_index(metadata.index, endpoint),
         endorser=Endorser(
             email=endorsement.email,
             subject=endorsement.subject,
@@ -235,7 +239,7 @@ def _usable_locations(locations: tuple[str, ...], endpoint: str) -> tuple[str, .
         raise Refused(
             "location-missing", "The entry names no slterms:location to fetch the image from."
         )
-    schemes = {"http", "https"} | ({"file"} if endpoint.lower().startswith("file:") else set())
+    schemes = _schemes(endpoint)
     usable = tuple(location for location in locations if _is_usable(location, schemes))
     if not usable:
         named = ", ".join(location[:200] for location in locations[:4])
@@ -246,6 +250,18 @@ def _usable_locations(locations: tuple[str, ...], endpoint: str) -> tuple[str, .
             field="slterms:location",
         )
     return usable[:_MAX_LOCATIONS]
+
+
+def _usable_index(index: EndorsedIndex | None, endpoint: str) -> EndorsedIndex | None:
+    """Return the index unless it lies where this catalogue may not send us: then all is fetched."""
+    if index is not None and not _is_usable(index.url, _schemes(endpoint)):
+        log.warning("the chunk index %s may not be fetched; it is not used", index.url[:200])
+        return None
+    return index
+
+
+def _schemes(endpoint: str) -> set[str]:
+    return {"http", "https"} | ({"file"} if endpoint.lower().startswith("file:") else set())
 
 
 def _is_usable(location: str, schemes: set[str]) -> bool:

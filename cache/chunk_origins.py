@@ -18,6 +18,7 @@ import zstandard
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotFound, OriginFailed, Refused, StratocacheError
+from stratocache.cache.location import beside_index
 from stratocache.cache.origin import (
     CONTENT_RANGE,
     ERRORS_THAT_PASS,
@@ -31,7 +32,6 @@ from stratocache.cache.origin import (
 _PACKED_BYTES_MAX = CHUNK_BYTES + CHUNK_BYTES // 8 + 1024
 """No zstd frame of a chunk is longer."""
 _WINDOW_BYTES_MAX = 8 * 1024**2
-_INDEX_SUFFIX = ".caibx"
 _STORE_SUFFIX = ".castr"
 _DEFAULT_STORE = "default.castr"  # what casync looks for beside an index
 
@@ -99,11 +99,8 @@ def store_url(index_url: str) -> str:
     For an index of any other name it is `default.castr` beside it, where casync looks.
     """
     parts = urlsplit(index_url)
-    if parts.path.endswith(_INDEX_SUFFIX):
-        path = parts.path.removesuffix(_INDEX_SUFFIX) + _STORE_SUFFIX
-    else:
-        path = parts.path.rpartition("/")[0] + "/" + _DEFAULT_STORE
-    return urlunsplit(parts._replace(path=path, fragment=""))
+    default = parts._replace(path=f"{parts.path.rpartition('/')[0]}/{_DEFAULT_STORE}", fragment="")
+    return beside_index(index_url, _STORE_SUFFIX) or urlunsplit(default)
 
 
 def origins_of(

@@ -300,15 +300,16 @@ class ChunkStore:
         if _hashes_to(descriptor, digest):
             self._verified_count += 1
             return
-        self._quarantine(digest)
+        self.quarantine(digest)
         raise NotVerified(
             "chunk-corrupt",
             f"Chunk {digest.hex()} no longer has its digest and went to quarantine; "
             "check the disk for errors and fetch its image again.",
         )
 
-    def _quarantine(self, digest: bytes) -> None:
-        log.error("chunk %s does not have its digest; moved to quarantine", digest.hex())
+    def quarantine(self, digest: bytes) -> None:
+        """Move a chunk's file out of the store, to where a person can look at it."""
+        log.error("chunk %s is moved to quarantine", digest.hex())
         self._quarantine_directory.mkdir(mode=0o750, exist_ok=True)
         self._quarantined_count += 1
         self._forget(digest)

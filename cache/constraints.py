@@ -16,7 +16,18 @@ from datetime import UTC, datetime
 from lxml import etree
 
 from stratocache.cache import identifier as identifiers
-from stratocache.cache.document import DCTERMS, RDF, SLREQ, SLTERMS, XML, XMLDSIG, Document, spell
+from stratocache.cache.document import (
+    DCTERMS,
+    RDF,
+    SLREQ,
+    SLTERMS,
+    STRATOCACHE,
+    XML,
+    XMLDSIG,
+    Document,
+    spell,
+)
+from stratocache.cache.entry import EndorsedIndex
 from stratocache.cache.metadata import ALGORITHMS, BASE, DATE_FORMAT, Endorsement, Metadata
 from stratocache.cache.rdf import check_node, fault
 
@@ -26,6 +37,8 @@ _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 _HEXADECIMAL = re.compile(r"[A-Fa-f0-9]+")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NON_NEGATIVE = re.compile(r"\+?[0-9]+|-0+")
+_INDEX_URL = re.compile(r"(https?://[^/\s]|file:///)[^\s]{0,2040}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIZE_DIGITS = 18
 _BLANKS = " \t\r\n"
 
@@ -83,6 +96,7 @@ def check(document: Document, *, allow_unendorsed: bool = False) -> Metadata:
     endorsement = _check_endorsement(description, allow_unendorsed=allow_unendorsed)
     terms = _check_optional(description)
     valid = description.find(f"{{{DCTERMS}}}valid")
+    index = _check_index(description)
     _check_type(description)
     return Metadata(
         identifier=name,
@@ -95,6 +109,7 @@ def check(document: Document, *, allow_unendorsed: bool = False) -> Metadata:
             if (text := (element.text or "").strip())
         ),
         valid_until=None if valid is None else _date(valid),
+        index=index,
         terms=terms,
         notes=tuple(_notes(description, terms)),
     )
@@ -266,6 +281,26 @@ def _check_optional(description: etree._Element) -> dict[str, str]:
         for element in description.iterchildren(f"{{{DCTERMS}}}{name}"):
             _date(element)
     return terms
+
+
+def _check_index(description: etree._Element) -> EndorsedIndex | None:
+    """Return the chunk index that an entry endorses, in our own namespace, if there is one."""
+    elements = list(description.iterchildren(f"{{{STRATOCACHE}}}index"))
+    if not elements:
+        return None
+    if len(elements) > 1:
+        raise fault(elements[1], f"{spell(elements[1])} occurs {len(elements)} times; once is most")
+    tags = {name: f"{{{STRATOCACHE}}}{name}" for name in ("url", "sha256")}
+    _check_resource(elements[0], set(tags.values()))
+    url, sha256 = (_only(elements[0], tag) for tag in tags.values())
+    location, digest = _plain(url).strip(_BLANKS), _plain(sha256).strip(_BLANKS).lower()
+    if not _INDEX_URL.fullmatch(location):
+        raise fault(
+            url, f"stratocache:url is {_quoted(location)}; it must be an http, https or file URL"
+        )
+    if not _SHA256.fullmatch(digest):
+        raise fault(sha256, f"stratocache:sha256 is {_quoted(digest)}, not 64 hexadecimal digits")
+    return EndorsedIndex(url=location, sha256=digest)
 
 
 def _check_type(description: etree._Element) -> None:

@@ -55,6 +55,10 @@ class _Image:
     entry: Entry
     manifest: Manifest
     origins: list[ChunkOrigin]
+    gone: bool = False
+    reads: int = 0
+    """Requests that are under way."""
+    idle: trio.Event = field(default_factory=trio.Event)
 
     def wanted(self, index: int) -> Wanted:
         return Wanted(index, self.manifest.digest(index), self.manifest.chunk_bytes(index))
@@ -66,6 +70,8 @@ class _Flight:
 
     landed: trio.Event = field(default_factory=trio.Event)
     arrived: bool = False
+    reader: str = ""
+    """Who asked first."""
     error: Exception | None = None
     """Why it did not arrive; None also when others may well try again."""
 
@@ -155,19 +161,16 @@ class ChunkFetcher:
         await self._demand(digest, places)
 
     async def supply(self, name: str, index: int, digest: bytes) -> None:
-        """As `fetch`, for chunk `index` of any manifest: an image's, or a snapshot's of a disk.
+        """As `fetch`, for chunk `index` of any manifest: an image's, or a snapshot's of a disk."""
+        image = await self._image(name)
+        if image is not None and image.origins and _has(image.manifest, index, digest):
+            await self._demand(digest, [(image, index)])
+        else:
+            await self.fetch_digest(digest)
 
-        Time that passes is counted as waiting of `READER`.
-        """
-        started = trio.current_time()
-        try:
-            image = await self._image(name)
-            if image is not None and _has(image.manifest, index, digest):
-                await self._demand(digest, [(image, index)])
-            else:
-                await self.fetch_digest(digest)
-        finally:
-            self.traffic.waited(name, READER.get(), trio.current_time() - started)
+    def waited(self, name: str, wait_s: float) -> None:
+        """Count what the running task waited for a chunk, under `READER` too."""
+        self.traffic.waited(name, READER.get(), wait_s)
 
     async def _demand(self, digest: bytes, places: list[tuple[_Image, int]]) -> None:
         self._asking += 1
@@ -176,7 +179,7 @@ class ChunkFetcher:
                 while True:
                     flight = self._flights.get(digest)
                     if flight is None:
-                        flight = self._flights[digest] = _Flight()
+                        flight = self._flights[digest] = _Flight(reader=READER.get())
                         self._nursery.start_soon(self._fly, digest, flight, places)
                     await flight.landed.wait()
                     if flight.arrived:
@@ -260,15 +263,15 @@ class ChunkFetcher:
 
     # In the background.
 
-    async def bring(self, image_id: str, indexes: Sequence[int]) -> int:
-        """Bring adjacent chunks with few requests; return how many are in the store now.
+    async def bring(self, image_id: str, indexes: Sequence[int]) -> list[int]:
+        """Bring adjacent chunks with few requests; return those that are in the store now.
 
         Every origin that is not resting is tried once. Those that are on their way already are waited for.
         Raises `NoSpace`, and what reading the manifest raises.
         """
         image = await self._image(image_id)
         if image is None:
-            return 0
+            return []
         missing = await self._missing(image, indexes)
         for origin in image.origins:
             if not missing:
@@ -278,7 +281,8 @@ class ChunkFetcher:
                     async with self._host(origin).background:
                         await self._bring_run(origin, image, run)
             missing = await self._missing(image, missing)
-        return len(indexes) - len(missing)
+        left = set(missing)
+        return [index for index in indexes if index not in left]
 
     async def _bring_run(self, origin: ChunkOrigin, image: _Image, run: list[int]) -> None:
         mine: dict[bytes, _Flight] = {}
@@ -320,9 +324,13 @@ class ChunkFetcher:
             [] if image is None else await self._missing(image, range(image.manifest.chunk_count))
         )
 
-    def forget(self, image_id: str) -> None:
-        """Let go of what is known of an image that is about to go."""
-        self._known.pop(image_id, None)
+    async def forget(self, image_id: str) -> None:
+        """Let go of an image that is about to go: no chunk arrives on its behalf after this."""
+        image = self._known.pop(image_id, None)
+        if image is not None:
+            image.gone = True
+            while image.reads:
+                await image.idle.wait()
 
     # Both.
 
@@ -337,17 +345,26 @@ class ChunkFetcher:
         identifier = image.entry.identifier
 
         async def deliver(item: Wanted, data: bytes) -> None:
+            if image.gone:
+                raise Unavailable("the image is being deleted", "absent")
             await trio.to_thread.run_sync(self._store, item, data, limiter=self._limiter)
             flight = flights[item.digest]
             flight.arrived = True
             self.traffic.arrived(identifier, item.size_bytes)
+            self.traffic.asked(flight.reader, item.size_bytes)
             self._land(item.digest, flight)
 
+        image.reads += 1
         try:
             await origin.read(wanted, deliver, lambda count: self.traffic.moved(identifier, count))
         except Unavailable as error:
             self._note_failure(origin, error)
             return error
+        finally:
+            image.reads -= 1
+            if not image.reads:
+                image.idle.set()
+                image.idle = trio.Event()
         self._health[origin.location].failures = 0
         return None
 

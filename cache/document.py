@@ -24,10 +24,13 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DCTERMS = "http://purl.org/dc/terms/"
 SLREQ = "http://mp.stratuslab.eu/slreq#"
 SLTERMS = "http://mp.stratuslab.eu/slterms#"
+STRATOCACHE = "http://stratocache.org/terms#"
+"""Our own terms, which other readers pass over."""
 XMLDSIG = "http://www.w3.org/2000/09/xmldsig#"
 XML = "http://www.w3.org/XML/1998/namespace"
 PREFIXES = {
     RDF: "rdf", DCTERMS: "dcterms", SLREQ: "slreq", SLTERMS: "slterms", XMLDSIG: "ds", XML: "xml",
+    STRATOCACHE: "stratocache",
 }  # fmt: skip
 
 _ROOT_TAG = f"{{{RDF}}}RDF"

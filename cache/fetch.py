@@ -35,7 +35,7 @@ from stratocache.cache.stage import Stage
 
 log = logging.getLogger(__name__)
 
-_ALGORITHMS = ("sha512", "sha256", "sha1", "md5")
+ALGORITHMS = ("sha512", "sha256", "sha1", "md5")
 _STRONG = frozenset({"sha256", "sha512"})
 _COMPRESSED_MARGIN_BYTES = 1024**2
 _FAILURES_NAMED = 10
@@ -225,7 +225,7 @@ class Fetcher:
         progress: Callable[[int], None],
     ) -> dict[str, str]:  # fmt: skip
         """Give the decompressed source to `sink`; return its digests once all are as promised."""
-        algorithms = {"sha256", *(a for a in _ALGORITHMS if a in entry.digests)}
+        algorithms = {"sha256", *(a for a in ALGORITHMS if a in entry.digests)}
         chunks = chunks_of(
             decompressed(source, entry.compression), entry.size_bytes, overlong=_overlong(entry)
         )
@@ -234,7 +234,7 @@ class Fetcher:
         )
         if size_bytes != entry.size_bytes:
             raise _wrong_size(f"{size_bytes}", entry)
-        for algorithm in _ALGORITHMS:
+        for algorithm in ALGORITHMS:
             expected = entry.digests.get(algorithm, "").lower()
             if expected and digests[algorithm] != expected:
                 raise NotVerified(

@@ -9,8 +9,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import trio
@@ -22,7 +23,7 @@ from stratocache.cache.chunks import (
     ChunkStore,
     zero_digest,
 )
-from stratocache.cache.errors import InvalidInput, NotFound, NotVerified
+from stratocache.cache.errors import InvalidInput, NotFound, NotVerified, StratocacheError
 from stratocache.cache.manifest import Manifest, fsync_directory
 from stratocache.cache.space import full_disk_is_no_space
 
@@ -37,6 +38,16 @@ _READ_AHEAD_CHUNKS = 4
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 
 
+class Supplier(Protocol):
+    """Brings chunks that are named by a manifest and not in the store; belongs to the trio loop."""
+
+    async def supply(self, name: str, index: int, digest: bytes) -> None:
+        """Return when chunk `index` of the manifest `name` is in the store, else raise why not."""
+
+    def waited(self, name: str, wait_s: float) -> None:
+        """Take note that the running task waited for a chunk of the manifest `name`."""
+
+
 class ImageReader:
     """Reads one published image. Shared by all who read it; made by `ImageStore.reader`.
 
@@ -44,8 +55,14 @@ class ImageReader:
     is its asynchronous completion. Data races: none, an image never changes.
     """
 
-    def __init__(self, manifest: Manifest, chunks: ChunkStore, gate: "OpeningGate") -> None:
+    trace: Callable[[int, int], None] | None = None
+    """Is told of every read by the event loop: offset and size."""
+
+    def __init__(
+        self, manifest: Manifest, chunks: ChunkStore, gate: "OpeningGate", name: str
+    ) -> None:
         self.manifest = manifest
+        self.name = name
         self.size_bytes = manifest.size_bytes
         self._digests = manifest.digests
         self._chunks = chunks
@@ -70,16 +87,29 @@ class ImageReader:
         return None if digest is None else self._chunks.path(digest)
 
     def open_chunk(self, index: int) -> ChunkDescriptor | None:
-        """Return a descriptor of a verified chunk, None for zeros; blocks. Raises `NotVerified`
-        (`chunk-missing`, `chunk-corrupt`)."""
+        """Return a descriptor of a verified chunk, None for zeros; blocks.
+
+        A chunk that is not here is fetched, if the calling thread is one of trio's. Raises
+        `NotVerified` (`chunk-missing`, `chunk-corrupt`) and what the `Supplier` raises.
+        """
         digest = self.chunk(index)
-        return None if digest is None else self._chunks.open(digest)
+        if digest is None:
+            return None
+        try:
+            return self._chunks.open(digest)
+        except NotVerified:
+            if self._gate.supplier is None:
+                raise
+        trio.from_thread.run(self._gate.open, digest, self.name, index)
+        return self._chunks.open(digest)
 
     def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
         """Return bytes of the image, short at its end, or None when a chunk is not open yet."""
         size = min(size, self.size_bytes - offset)
         if size <= 0:
             return b""
+        if self.trace is not None:
+            self.trace(offset, size)
         index, start = divmod(offset, CHUNK_BYTES)
         if start + size > CHUNK_BYTES:
             return self._read_pieces_nowait(offset, size)
@@ -119,22 +149,34 @@ class ImageReader:
     async def read(self, offset: int, size: int) -> bytes | bytearray:
         """Return bytes of the image, short at its end; chunks are opened and verified in a thread.
 
-        A chunk that many ask for is opened once. Raises `NotVerified` (`chunk-missing`,
-        `chunk-corrupt`).
+        A chunk that many ask for is opened once, and fetched once when it is not here. Raises
+        `NotVerified` (`chunk-missing`, `chunk-corrupt`) and what the `Supplier` raises.
         """
         data = self.read_nowait(offset, size)
         if data is not None:
             await trio.lowlevel.checkpoint()
             return data
-        pieces = []
-        for piece_offset, piece_size in _pieces(offset, min(size, self.size_bytes - offset)):
-            digest = self.chunk(piece_offset // CHUNK_BYTES)
-            if digest is not None:
-                await self._gate.open(digest)
-            pieces.append(
-                await trio.to_thread.run_sync(self.read_blocking, piece_offset, piece_size)
-            )
-        return b"".join(pieces)
+        size = min(size, self.size_bytes - offset)
+        await self._open_all(range(offset // CHUNK_BYTES, -(-(offset + size) // CHUNK_BYTES)))
+        return await trio.to_thread.run_sync(self.read_blocking, offset, size)
+
+    async def _open_all(self, indexes: range) -> None:
+        """Open chunks side by side; the first failure is raised bare, not in a group."""
+        failures: list[Exception] = []
+
+        async def open_one(index: int, digest: bytes) -> None:
+            try:
+                await self._gate.open(digest, self.name, index)
+            except (StratocacheError, OSError) as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for index in indexes:
+                digest = self.chunk(index)
+                if digest is not None:
+                    nursery.start_soon(open_one, index, digest)
+        if failures:
+            raise failures[0]
 
     def read_blocking(self, offset: int, size: int) -> bytes:
         """Return bytes of the image, short at its end, from any thread; opens what is not open.
@@ -152,27 +194,66 @@ class ImageReader:
         return b"".join(pieces)
 
 
+class _Opening:
+    """One chunk that is being opened."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.remote = False
+        self.error: Exception | None = None
+        """Why it could not be fetched: for all who wait, as trying again would take as long."""
+
+
 class OpeningGate:
-    """Opens and verifies chunks in threads, each once however many tasks wait for it."""
+    """Opens and verifies chunks in threads, each once however many tasks wait for it.
+
+    One that is missing, or was moved to quarantine, is asked of the `supplier`, if there is one.
+    """
 
     def __init__(self, chunks: ChunkStore) -> None:
+        self.supplier: Supplier | None = None
         self._chunks = chunks
-        self._opening: dict[bytes, trio.Event] = {}
+        self._opening: dict[bytes, _Opening] = {}
 
-    async def open(self, digest: bytes) -> None:
-        """Return once a chunk has been opened; raises what `ChunkStore.open` does."""
+    async def open(self, digest: bytes, name: str, index: int) -> None:
+        """Return once a chunk has been opened: chunk `index` of the manifest `name`.
+
+        Raises what `ChunkStore.open` and the supplier do.
+        """
         while self._chunks.opened(digest) is None:
-            event = self._opening.get(digest)
-            if event is not None:
-                await event.wait()
-                continue
-            event = self._opening[digest] = trio.Event()
+            opening = self._opening.get(digest)
+            mine = opening is None
+            if opening is None:
+                opening = self._opening[digest] = _Opening()
+            started = trio.current_time()
             try:
-                await trio.to_thread.run_sync(self._chunks.open, digest)
+                if not mine:
+                    await opening.ended.wait()
+                    if opening.error is not None:
+                        raise opening.error
+                    continue
+                await self._open(opening, digest, name, index)
                 return
             finally:
-                del self._opening[digest]
-                event.set()
+                if mine:
+                    del self._opening[digest]
+                    opening.ended.set()
+                if opening.remote and self.supplier is not None:
+                    self.supplier.waited(name, trio.current_time() - started)
+
+    async def _open(self, opening: _Opening, digest: bytes, name: str, index: int) -> None:
+        try:
+            await trio.to_thread.run_sync(self._chunks.open, digest)
+        except NotVerified:
+            if self.supplier is None:
+                raise
+            opening.remote = True
+            try:
+                await self.supplier.supply(name, index, digest)
+                await trio.to_thread.run_sync(self._chunks.open, digest)
+            except (StratocacheError, OSError) as error:
+                opening.error = error
+                raise
 
 
 class Draft:
@@ -263,10 +344,14 @@ class ImageStore:
         with self._lock:
             reader = self._readers.get(identifier)
         if reader is None:
-            made = ImageReader(self.manifest(identifier), self.chunks, self._gate)
+            made = ImageReader(self.manifest(identifier), self.chunks, self._gate, identifier)
             with self._lock:
                 reader = self._readers.setdefault(identifier, made)
         return reader
+
+    def set_supplier(self, supplier: Supplier) -> None:
+        """Let readers ask for chunks that are not in the store, from now on."""
+        self._gate.supplier = supplier
 
     def begin(self) -> Draft:
         """Start a draft; end it by `finish` or `abandon`."""
@@ -310,6 +395,20 @@ class ImageStore:
         with self._lock:
             self._readers.pop(identifier, None)
         self._remove_unused(candidates)
+
+    def quarantine(self, identifier: str) -> int:
+        """Move the chunks of an image away that nothing else uses; its manifest stays.
+
+        Returns how many went. Raises `NotFound`, `NotVerified`.
+        """
+        candidates = set(self.manifest(identifier).stored())
+        with self.chunks.condemned(candidates):
+            for other in self.identifiers():
+                if other != identifier:
+                    candidates.difference_update(self._stored(other))
+            for digest in list(candidates):
+                self.chunks.quarantine(digest)
+        return len(candidates)
 
     def sweep(self) -> int:
         """Remove what a crash left: half-written manifests and chunks of no image.

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
 
+from stratocache.cache.entry import EndorsedIndex
+
 BASE = "http://mp.stratuslab.eu/"
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 ALGORITHMS = MappingProxyType(
@@ -38,6 +40,7 @@ class Metadata:
     """None in a document that waits for its signature."""
     locations: tuple[str, ...]
     valid_until: datetime | None
+    index: EndorsedIndex | None = None
     terms: dict[str, str] = field(default_factory=dict)
     """Text of the elements that occur at most once, by prefixed name."""
     notes: tuple[str, ...] = ()

@@ -20,9 +20,10 @@ from stratocache.cache import constraints, distinguished_name, document, signatu
 from stratocache.cache import identifier as identifiers
 from stratocache.cache.credentials import Credentials
 from stratocache.cache.decompression import decompressed
-from stratocache.cache.document import DCTERMS, RDF, SLREQ, SLTERMS, XML, XMLDSIG
-from stratocache.cache.entry import Compression, ImageFormat
-from stratocache.cache.errors import InvalidInput, NoSpace
+from stratocache.cache.document import DCTERMS, RDF, SLREQ, SLTERMS, STRATOCACHE, XML, XMLDSIG
+from stratocache.cache.entry import Compression, EndorsedIndex, ImageFormat
+from stratocache.cache.errors import InvalidInput, NoSpace, NotVerified
+from stratocache.cache.manifest import Manifest
 from stratocache.cache.metadata import ALGORITHMS, BASE, DATE_FORMAT
 
 DEFAULT_VALID_DAYS = 178
@@ -31,6 +32,7 @@ DEFAULT_VALID_DAYS = 178
 _PIECE_BYTES = 1024 * 1024
 _PARSE_TYPE = f"{{{RDF}}}parseType"
 _SUFFIXES: dict[str, Compression] = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
+_OWN_NAMESPACE = {"stratocache": STRATOCACHE}
 _NAMESPACES = {"rdf": RDF, "dcterms": DCTERMS, "slreq": SLREQ, "slterms": SLTERMS}
 
 
@@ -62,6 +64,7 @@ class Description:
     tag: str | None = None
     disks_bus: str | None = None
     hypervisors: tuple[str, ...] = ()
+    index: EndorsedIndex | None = None
     valid_days: int = DEFAULT_VALID_DAYS
 
 
@@ -94,6 +97,28 @@ def measure(
             "image-unreadable", f"{path} cannot be read: {error.strerror}."
         ) from None
     return Measurement(size_bytes, {name: hasher.hexdigest() for name, hasher in hashers.items()})
+
+
+def endorsed_index(url: str, path: Path, measurement: Measurement) -> EndorsedIndex:
+    """Return what an entry says of the index file at `path`, which will be served at `url`.
+
+    Raises `InvalidInput` (`index-unreadable`) and `NotVerified` (`manifest-invalid`,
+    `index-mismatch`) for the index of something else than what was measured.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(
+            "index-unreadable", f"{path} cannot be read: {error.strerror}."
+        ) from None
+    manifest = Manifest.parse(content, str(path), image_bytes_max=max(measurement.size_bytes, 1))
+    if manifest.size_bytes != measurement.size_bytes:
+        raise NotVerified(
+            "index-mismatch",
+            f"{path} is the index of {manifest.size_bytes} bytes, the image has "
+            f"{measurement.size_bytes}.",
+        )
+    return EndorsedIndex(url=url, sha256=hashlib.sha256(content).hexdigest())
 
 
 def build_metadata(
@@ -230,6 +255,11 @@ def _add_description(body: etree._Element, description: Description, created: da
     for namespace, name, text in optional:
         if text is not None:
             _add(body, namespace, name, text)
+    if d.index is not None:
+        index = etree.SubElement(body, f"{{{STRATOCACHE}}}index", nsmap=_OWN_NAMESPACE)
+        index.set(_PARSE_TYPE, "Resource")
+        _add(index, STRATOCACHE, "url", d.index.url)
+        _add(index, STRATOCACHE, "sha256", d.index.sha256)
 
 
 def _fill_endorsement(

@@ -21,7 +21,8 @@ class ReaderTraffic:
     """One reader, a disk or an image that is attached."""
 
     wait_s: float = 0.0
-    waits: int = 0
+    remote_bytes: int = 0
+    """Of images, fetched because it asked first."""
 
 
 class Traffic:
@@ -39,9 +40,13 @@ class Traffic:
         """Count what an origin sent."""
         self.images[image_id].remote_bytes += size_bytes
 
+    def asked(self, reader: str, size_bytes: int) -> None:
+        """Count a chunk that came because a reader asked for it."""
+        if reader:
+            self.readers[reader].remote_bytes += size_bytes
+
     def waited(self, image_id: str, reader: str, wait_s: float) -> None:
         """Count the time that a reader waited for a chunk."""
         self.images[image_id].wait_s += wait_s
         if reader:
             self.readers[reader].wait_s += wait_s
-            self.readers[reader].waits += 1

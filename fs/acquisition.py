@@ -17,20 +17,33 @@ import trio
 from stratocache.cache.catalogue import Catalogues
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import LOCAL_CATALOGUE, Entry
-from stratocache.cache.errors import Cancelled, Conflict, Internal, NotFound, StratocacheError
+from stratocache.cache.errors import (
+    Cancelled,
+    Conflict,
+    Internal,
+    NotFound,
+    NotVerified,
+    StratocacheError,
+)
 from stratocache.cache.fetch import FetchedImage, Fetcher
 from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory
 from stratocache.fs.manifests import named_manifests
-from stratocache.fs.records import Image
+from stratocache.fs.provisional import ProvisionalImages
+from stratocache.fs.records import SERVABLE, Image
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all (None = not known)."""
+_GIVE_UP = """
+    UPDATE images SET state = 'deleting' WHERE state = 'provisional' AND pinned = 0
+    AND NOT EXISTS (SELECT 1 FROM disks WHERE base_image = images.id)
+    AND NOT EXISTS (SELECT 1 FROM attachments WHERE image_id = images.id)
+"""
 
 
 @dataclass
@@ -39,6 +52,8 @@ class _Flight:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     landed: trio.Event = field(default_factory=trio.Event)
     waiters: int = 0
+    followed: bool = False
+    """Whether an operation waits, or waited, for the complete image."""
     done_bytes: int = 0
     total_bytes: int | None = None
     reports: list[Report] = field(default_factory=list)
@@ -55,6 +70,7 @@ class Acquisition:
         catalogues: Catalogues,
         fetcher: Fetcher,
         images: ImageStore,
+        provisional: ProvisionalImages,
         nursery: trio.Nursery,
     ) -> None:
         self._configuration = configuration
@@ -62,30 +78,38 @@ class Acquisition:
         self._catalogues = catalogues
         self._fetcher = fetcher
         self._images = images
+        self._provisional = provisional
         self._nursery = nursery
         self._flights: dict[str, _Flight] = {}
         self._slots = trio.CapacityLimiter(configuration.fetch.max_parallel)
 
-    async def acquire(self, text: str, report: Report) -> Image:
-        """Return the verified image that a reference means, fetching it when it is not here.
+    async def acquire(self, text: str, report: Report, *, complete: bool = False) -> Image:
+        """Return the image that a reference means, fetching it when it is not here.
 
-        A cached image is judged again by its stored entry, without its catalogue; one that was
-        made on this host (`local:ID`, or its id alone) needs no judgement. Raises what resolving,
-        judging or fetching raises.
+        It is verified; unless `complete` it may also be provisional, and then its chunks are
+        verified one by one. A cached image is judged again by its stored entry, without its
+        catalogue; one that was made on this host (`local:ID`, or its id alone) needs no judgement.
+        Raises what resolving, judging or fetching raises, and `NotVerified` (`image-rejected`).
         """
         cached = self._cached(text)
         if cached is not None:
-            if cached.entry.catalogue != LOCAL_CATALOGUE:
-                self._catalogues.recheck(cached.entry, now=datetime.now(UTC))
-            return cached
-        entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
+            entry = cached.entry
+            if entry.catalogue != LOCAL_CATALOGUE:
+                self._catalogues.recheck(entry, now=datetime.now(UTC))
+        else:
+            entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
         while True:
             image = inventory.find_image(self._db, entry.identifier)
-            if image is not None and image.state == "verified":
+            if image is not None and image.state == "provisional" and complete:
+                await self._provisional.wait(image.id, report)
+            elif image is not None and image.state in SERVABLE:
                 return image
-            if image is not None and image.state == "deleting":
-                raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
-            await self._wait_for_flight(entry, report)
+            elif image is not None and image.state != "fetching":
+                raise _unusable(image)
+            elif cached is not None:
+                raise Conflict("image-busy", f"Image {entry.identifier} was deleted; try again.")
+            else:
+                await self._wait_for_flight(entry, report, complete=complete)
 
     def _cached(self, text: str) -> Image | None:
         reference = parse(
@@ -100,7 +124,7 @@ class Acquisition:
             return None
         image = inventory.find_image(self._db, reference.path)
         default = self._configuration.default_catalogue
-        if image is not None and image.state == "verified" and _same(reference, image, default):
+        if image is not None and image.state in SERVABLE and _same(reference, image, default):
             return image
         if reference.catalogue == LOCAL_CATALOGUE:
             raise NotFound(
@@ -108,7 +132,7 @@ class Acquisition:
             )
         return None
 
-    async def _wait_for_flight(self, entry: Entry, report: Report) -> None:
+    async def _wait_for_flight(self, entry: Entry, report: Report, *, complete: bool) -> None:
         flight = self._flights.get(entry.identifier)
         if flight is not None and flight.scope.cancel_called:
             await flight.landed.wait()
@@ -118,6 +142,7 @@ class Acquisition:
             self._flights[entry.identifier] = flight
             self._nursery.start_soon(self._fly, flight)
         flight.waiters += 1
+        flight.followed |= complete
         flight.reports.append(report)
         report(flight.done_bytes, flight.total_bytes)
         try:
@@ -138,8 +163,9 @@ class Acquisition:
             with flight.scope:
                 async with self._slots:
                     await trio.to_thread.run_sync(self._begin, flight.entry)
-                    fetched = await self._fetcher.fetch(flight.entry, _progress(flight))
-                    await trio.to_thread.run_sync(self._land, fetched)
+                    if not await self._provisional.land(flight.entry, flight):
+                        fetched = await self._fetcher.fetch(flight.entry, _progress(flight))
+                        await trio.to_thread.run_sync(self._land, fetched)
             if flight.scope.cancelled_caught:
                 flight.error = Cancelled("cancelled", "The fetch was cancelled; nothing is kept.")
         except StratocacheError as error:
@@ -176,6 +202,9 @@ class Acquisition:
 
     def _abandon(self, identifier: str) -> None:
         self._fetcher.discard(identifier)
+        image = inventory.find_image(self._db, identifier)
+        if image is not None and image.state != "fetching":
+            return  # it had landed before it was cancelled
         with suppress(NotFound):
             self._images.remove(identifier)
         with self._db.transaction() as connection:
@@ -183,12 +212,18 @@ class Acquisition:
                 "DELETE FROM images WHERE id = ? AND state = 'fetching'", (identifier,)
             )
 
+    def note_launch(self, image: Image) -> None:
+        """Learn what the first boot of an image reads, from now on."""
+        self._provisional.boot_sets.learn(image.id)
+
     def statistics(self) -> dict[str, int]:
         """Return how many wait for each image that is in flight."""
         return {image_id: flight.waiters for image_id, flight in self._flights.items()}
 
     def tidy(self) -> None:
         """Drop images that are neither complete nor in flight, unless an operation may want them.
+
+        One that is provisional stays as long as anything uses it.
 
         Called at start and whenever an operation has ended. Blocks on file I/O.
         """
@@ -201,14 +236,26 @@ class Acquisition:
         for image in inventory.images(self._db):
             if image.state == "fetching" and image.id not in self._flights:
                 self._abandon(image.id)
+        with self._db.transaction() as connection:
+            connection.execute(_GIVE_UP)
 
     def sweep(self) -> None:
         """At start, delete whatever files no row of the state database accounts for."""
         self.tidy()
+        self._provisional.sweep()
         named = named_manifests(self._db)
         for identifier in set(self._images.identifiers()) - named:
             self._images.remove(identifier)
         self._fetcher.sweep({image.id for image in inventory.images(self._db)})
+
+
+def _unusable(image: Image) -> StratocacheError:
+    if image.state == "rejected":
+        return NotVerified(
+            "image-rejected",
+            f"Image {image.id} is not what its endorser promised; delete it to fetch it again.",
+        )
+    return Conflict("image-busy", f"Image {image.id} is {image.state}; try again.")
 
 
 def _same(reference: Reference, image: Image, default_catalogue: str) -> bool:

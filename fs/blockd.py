@@ -22,11 +22,13 @@ import trio
 from stratocache.cache.catalogue import Catalogues
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
+from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory, transfers
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.content_import import Importer
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
@@ -36,6 +38,7 @@ from stratocache.fs.importing import Importing
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.promotion import Promotion
+from stratocache.fs.provisional import ProvisionalImages, entry_finder
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller
 from stratocache.fs.run_directory import RunDirectory
@@ -43,6 +46,7 @@ from stratocache.fs.saving import Saving
 from stratocache.fs.snapshots import Snapshots
 from stratocache.fs.state import Database, record_event
 from stratocache.fs.tgt import Tgt
+from stratocache.fs.traffic_record import TrafficRecord
 from stratocache.fs.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -94,12 +98,19 @@ class Blockd:
         limits = httpx.Timeout(timeouts.read_timeout_s, connect=timeouts.connect_timeout_s)
         with PokeListener(self._configuration.poke_socket) as pokes:
             async with httpx.AsyncClient(timeout=limits) as client, trio.open_nursery() as nursery:
+                fetcher = Fetcher(self._configuration, self._images, self._chunks, client)
+                chunk_fetcher = ChunkFetcher(
+                    self._configuration, self._images, client, nursery, entry_finder(self._db),
+                    refetch=lambda entry: fetcher.fetch(entry, lambda done, total: None),
+                )  # fmt: skip
+                # before the first request: the one that a process died of is repeated at once
+                self._images.set_supplier(chunk_fetcher)
                 await nursery.start(self._serve, fuse_fd, nursery.cancel_scope)
                 os.write(ready_fd, b"R")
                 os.close(ready_fd)
                 nursery.start_soon(self._stop_on_signal, nursery)
                 nursery.start_soon(self._listen, pokes)
-                await self._work(client, nursery)
+                await self._work(client, nursery, fetcher, chunk_fetcher)
         await self.blocks.aclose()
         self._chunks.close()
         self._db.close()
@@ -127,14 +138,27 @@ class Blockd:
             await pokes.wait()
             self._wake()
 
-    async def _work(self, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
+    async def _work(
+        self,
+        client: httpx.AsyncClient,
+        nursery: trio.Nursery,
+        fetcher: Fetcher,
+        chunk_fetcher: ChunkFetcher,
+    ) -> None:
         """Sweep once, then look at the state whenever somebody says so, and now and then."""
+        record = TrafficRecord(self._db, chunk_fetcher.traffic)
+        boot_sets = BootSets(self._configuration, self._images, nursery)
+        provisional = ProvisionalImages(
+            self._configuration, self._db, self._images, client, chunk_fetcher, boot_sets, record,
+            nursery, self._wake,
+        )  # fmt: skip
         acquisition = Acquisition(
             self._configuration,
             self._db,
             Catalogues(self._configuration, client),
-            Fetcher(self._configuration, self._images, self._chunks, client),
+            fetcher,
             self._images,
+            provisional,
             nursery,
         )
         work = DiskWork()
@@ -146,6 +170,7 @@ class Blockd:
             Tgt(self._directory.tgt_control),
             self.blocks,
             work,
+            provisional.stop,
         )
         snapshots = Snapshots(
             self._db, self._images, self._disks, self.blocks, work, nursery, self._wake
@@ -165,9 +190,11 @@ class Blockd:
         await sweep(acquisition.sweep)
         await sweep(partial(transfers.sweep, self._configuration, self._db))
         await reconciler.adopt()
+        nursery.start_soon(record.run)
         while True:
             self._woken = trio.Event()
             operations.look()
+            provisional.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()

@@ -10,6 +10,7 @@ from stratocache.fs.intents import (
     add_operation,
     own_disk,
     refuse_busy,
+    refuse_fenced,
     require_administrator,
     stop_work,
 )
@@ -65,6 +66,7 @@ def _insert_clone(
         )
     parent = inventory.find_disk(db, snapshot.disk_uuid)
     assert parent is not None  # a snapshot's row refers to it
+    refuse_fenced(db, parent)
     insert_disk(
         connection, caller.name, uuid, request, size_bytes=size_bytes,
         base_image=parent.base_image, base_snapshot=snapshot.id,

@@ -121,7 +121,11 @@ class DiskReconciliation:
         space_plan.admit(self._configuration, self._db, disk.uuid, disk.size_bytes)
         if disk.base_manifest is not None:
             base = self._images.reader(disk.base_manifest)
-            return self._disks.create_clone(disk.uuid, disk.size_bytes, base, disk.base_manifest)
+            image = inventory.find_image(self._db, disk.base_image or "")
+            complete = image is None or image.state != "provisional"
+            return self._disks.create_clone(
+                disk.uuid, disk.size_bytes, base, disk.base_manifest, complete=complete
+            )
         if disk.base_snapshot is not None:
             snapshot = inventory.find_snapshot(self._db, disk.base_snapshot)
             assert snapshot is not None  # it stays as long as a disk is being made of it

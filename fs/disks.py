@@ -71,17 +71,23 @@ class DiskStore:
         return self._create(uuid, lambda directory: self._fill_blank(directory, size_bytes))
 
     def create_clone(
-        self, uuid: str, size_bytes: int, reader: ChunkedImage, base_name: str
+        self,
+        uuid: str,
+        size_bytes: int,
+        reader: ChunkedImage,
+        base_name: str,
+        *,
+        complete: bool = True,
     ) -> DiskForm:
         """Make a disk that begins as a copy of an image, durably; asked again it changes nothing.
 
-        The disk shares the extents of the chunk files where the file system can do that and is
-        then complete ("raw"); else it is an overlay over the manifest `base_name`, which it needs
+        The disk shares the extents of the chunk files where the file system can do that and the
+        image is `complete`, and is then complete too ("raw"); else it is an overlay over the manifest `base_name`, which it needs
         as long as it lives. Raises `InvalidInput` (`disk-too-small`), `NoSpace`, and `NotVerified`
         as `open_chunk` does.
         """
         _check_room(size_bytes, reader.size_bytes)
-        if self.reflink_supported():
+        if complete and self.reflink_supported():
             try:
                 return self._create(uuid, lambda new: self._fill_reflinked(new, size_bytes, reader))
             except OSError as error:

@@ -118,6 +118,7 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
     if disk.state != "available":
         raise Conflict("disk-busy", f"Disk {disk.uuid} is {disk.state}; try again when it is not.")
     refuse_busy(db, disk.uuid, "rollback")
+    refuse_fenced(db, disk)
     if access == "rw":
         if not (caller.administrator or caller.name == disk.owner):
             raise Refused("disk-not-yours", f"Disk {disk.uuid} may only be attached read-only.")
@@ -137,6 +138,17 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
                 f"Disk {disk.uuid} is attached to {other.instance} ({other.access}); detach it first.",
             )
     content_hold.require_unheld(db, disk.uuid, for_reading=access == "ro")
+
+
+def refuse_fenced(db: Database, disk: Disk) -> None:
+    """Raise `Refused` (`disk-fenced`) for a disk that began as an image that was rejected."""
+    image = inventory.find_image(db, disk.base_image or "")
+    if image is not None and image.state == "rejected":
+        raise Refused(
+            "disk-fenced",
+            f"Disk {disk.uuid} began as image {image.id}, which is not what its endorser promised; "
+            "download what you need of it and delete it.",
+        )
 
 
 def refuse_busy(db: Database, uuid: str, *kinds: str) -> None:

@@ -40,6 +40,12 @@ def image(db: Database, image_id: str) -> Image:
     return found
 
 
+def disks_of_image(db: Database, image_id: str) -> list[str]:
+    """Return the UUIDs of all disks that began as an image, oldest first."""
+    rows = db.rows("SELECT uuid FROM disks WHERE base_image = ? ORDER BY number", image_id)
+    return [row["uuid"] for row in rows]
+
+
 def disks(
     db: Database,
     caller: Caller,

@@ -118,7 +118,7 @@ class Operations:
             await self._clone(operation)
 
     async def _fetch(self, operation: Operation) -> None:
-        image = await self._acquire(operation, operation.request["reference"])
+        image = await self._acquire(operation, operation.request["reference"], complete=True)
 
         def end() -> None:
             with self._db.transaction() as connection:
@@ -136,6 +136,7 @@ class Operations:
         })  # fmt: skip
         boot = await self._acquire(operation, request.reference)
         shared = [await self._acquire(operation, reference) for reference in request.readonly]
+        self._acquisition.note_launch(boot)
         await trio.to_thread.run_sync(self.record_launch, operation, request, boot, shared)
 
     async def _clone(self, operation: Operation) -> None:
@@ -189,10 +190,13 @@ class Operations:
                 "UPDATE launches SET boot_disk = ? WHERE instance = ?", (uuid, request.instance)
             )
 
-    async def _acquire(self, operation: Operation, reference: str) -> Image:
+    async def _acquire(
+        self, operation: Operation, reference: str, *, complete: bool = False
+    ) -> Image:
         """Acquire an image while its progress is written to the operation's row."""
         return await self._reporting(
-            operation, lambda report: self._acquisition.acquire(reference, report)
+            operation,
+            lambda report: self._acquisition.acquire(reference, report, complete=complete),
         )
 
     async def _reporting(self, operation: Operation, work: Callable[[Report], Awaitable[_T]]) -> _T:
@@ -267,7 +271,7 @@ def _attacher(
 
 
 def _clone_size_bytes(image: Image, wanted_bytes: int | None) -> int:
-    assert image.size_bytes is not None  # verified
+    assert image.size_bytes is not None  # provisional or verified
     if wanted_bytes is not None and wanted_bytes < image.size_bytes:
         raise InvalidInput(
             "size-too-small",
@@ -280,10 +284,11 @@ def _clone_size_bytes(image: Image, wanted_bytes: int | None) -> int:
 def _hold(connection: sqlite3.Connection, image: Image) -> None:
     """Note the use of an image in the transaction that makes it used; it may be going meanwhile."""
     held = connection.execute(
-        "UPDATE images SET last_used_at = ? WHERE id = ? AND state = 'verified'", (now(), image.id)
+        "UPDATE images SET last_used_at = ? WHERE id = ? AND state IN ('provisional', 'verified')",
+        (now(), image.id),
     )
     if held.rowcount != 1:
-        raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
+        raise Conflict("image-busy", f"Image {image.id} cannot be used any more; try again.")
 
 
 def finish(

@@ -34,6 +34,8 @@ _RETRY_S = 0.5
 _PROMOTABLE = """
     SELECT uuid, owner FROM disks WHERE form = 'overlay' AND state = 'available' AND NOT EXISTS (
         SELECT 1 FROM operations WHERE subject = uuid AND kind = 'hydrate' AND state <> 'done')
+    AND NOT EXISTS (
+        SELECT 1 FROM images WHERE id = base_image AND state NOT IN ('verified', 'withdrawn'))
 """
 
 

@@ -7,6 +7,7 @@ anywhere is repaired by the next pass. Passes never overlap.
 
 import logging
 import sqlite3
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
@@ -33,7 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """Reconciles one host."""
+    """Reconciles one host.
+
+    `before_removal` ends whatever is done to an image, before its files go.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,9 @@ class Reconciler:
         targets: TargetDaemon,
         blocks: Blocks,
         work: DiskWork,
+        before_removal: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
+        self._before_removal = before_removal or _nothing_to_do
         self._configuration = configuration
         self._db = db
         self._blocks = blocks
@@ -80,6 +86,7 @@ class Reconciler:
             if row["id"] in mounted:
                 await trio.to_thread.run_sync(self._keep_mounted, row["id"], mounted[row["id"]])
                 continue
+            await self._before_removal(row["id"])
             self._blocks.forget_image(row["number"])
             try:
                 await trio.to_thread.run_sync(self.manifests.remove, row["id"])
@@ -94,7 +101,11 @@ class Reconciler:
             "image-mounted", f"Image {image_id} is mounted at {where}; run image umount first."
         )
         with self._db.transaction() as connection:
-            connection.execute("UPDATE images SET state = 'verified' WHERE id = ?", (image_id,))
+            connection.execute(
+                "UPDATE images SET state = iif(verified_at IS NULL, 'provisional', 'verified') "
+                "WHERE id = ?",
+                (image_id,),
+            )
             fail(connection, "delete-image", image_id, error)
 
     def _record_deleted_image(self, image_id: str) -> None:
@@ -137,3 +148,7 @@ class Reconciler:
                 connection, "launch.ended", launch.instance,
                 f"Nothing of instance {launch.instance} is left.",
             )  # fmt: skip
+
+
+async def _nothing_to_do(_: str) -> None:
+    """Stand in where nothing is ever done to images."""

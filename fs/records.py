@@ -16,6 +16,9 @@ SnapshotForm = Literal["manifest", "file"]
 Visibility = Literal["private", "public"]
 DiskKind = Literal["machine", "data", "readonly"]
 Access = Literal["rw", "ro"]
+ImageState = Literal["fetching", "provisional", "verified", "rejected", "withdrawn", "deleting"]
+SERVABLE = ("provisional", "verified")
+"""States of an image in which it can be read, cloned and attached."""
 
 SAVED_VALID_DAYS = 178
 """How long the metadata of a saved disk is valid, from its signing on, unless somebody says else."""
@@ -80,7 +83,7 @@ class Image:
 
     number: int
     id: ImageId
-    state: Literal["fetching", "verified", "deleting"]
+    state: ImageState
     size_bytes: int | None
     sha256: str | None
     entry: Entry

@@ -166,4 +166,53 @@ MIGRATIONS: tuple[str, ...] = (
     DROP TABLE temp.old_operations;
     DROP TABLE temp.old_launches;
     """,
+    """
+    -- images that are served before they are complete; the numbers, and the next one, stay
+    PRAGMA defer_foreign_keys = ON;
+    CREATE TEMP TABLE old_images AS SELECT * FROM images;
+    CREATE TEMP TABLE old_sequence AS SELECT seq FROM sqlite_sequence WHERE name = 'images';
+    DROP TABLE images;
+    CREATE TABLE images (
+        number       INTEGER PRIMARY KEY AUTOINCREMENT, -- FUSE inode number follows from it; never reused
+        id           TEXT NOT NULL UNIQUE,  -- Marketplace identifier, 27 base-64 digits
+        state        TEXT NOT NULL CHECK (state IN (
+            'fetching',                     -- nobody can read it yet
+            'provisional',                  -- read by chunks that an endorsed index proves; not complete
+            'verified',                     -- complete, and the whole digest proven
+            'rejected',                     -- complete, and the whole digest was another: disks are fenced
+            'withdrawn',                    -- its endorser took it back: no new clones
+            'deleting'
+        )),
+        size_bytes   INTEGER,               -- of the raw image; NULL until provisional or verified
+        sha256       TEXT,                  -- of the raw image, hexadecimal; NULL until verified
+        entry        TEXT NOT NULL,         -- JSON of the entry that was judged and fetched
+        pinned       INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1)), -- 1 = never evicted
+        created_at   TEXT NOT NULL,
+        verified_at  TEXT,                  -- when the whole digest was proven; NULL before
+        last_used_at TEXT                   -- last clone or attachment; NULL = never
+    ) STRICT;
+    INSERT INTO images SELECT * FROM temp.old_images;
+    DELETE FROM sqlite_sequence WHERE name = 'images';
+    INSERT INTO sqlite_sequence (name, seq) SELECT 'images', seq FROM temp.old_sequence;
+    DROP TABLE temp.old_images;
+    DROP TABLE temp.old_sequence;
+
+    -- what fetching single chunks of an image cost; rows of images that are gone go too
+    CREATE TABLE image_traffic (
+        image_id      TEXT PRIMARY KEY,
+        remote_bytes  INTEGER NOT NULL DEFAULT 0, -- moved from origins, as they sent them
+        remote_wait_s REAL NOT NULL DEFAULT 0,    -- that readers waited for them, all together
+        dedup_bytes   INTEGER NOT NULL DEFAULT 0, -- that other images had brought before it landed
+        local_bytes   INTEGER NOT NULL DEFAULT 0, -- of the image that are here, zeros counted
+        rate_bytes_s  REAL NOT NULL DEFAULT 0,    -- at which the rest came lately
+        updated_at    TEXT NOT NULL
+    ) STRICT;
+    -- the same by disk: what was fetched because a read of it waited
+    CREATE TABLE disk_traffic (
+        disk_number   INTEGER PRIMARY KEY,
+        remote_bytes  INTEGER NOT NULL DEFAULT 0,
+        remote_wait_s REAL NOT NULL DEFAULT 0,
+        updated_at    TEXT NOT NULL
+    ) STRICT;
+    """,
 )

@@ -31,6 +31,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
+from stratocache.cache.demand import reading_for
 from stratocache.cache.errors import NoSpace, NotFound, Refused, StratocacheError
 from stratocache.fs.attributes import (
     DIRECTORIES,
@@ -285,7 +286,8 @@ class Tree(pyfuse3.Operations):
             overlay = await self._overlay(fh)
             data = overlay.read_nowait(off, size)
             if data is None:
-                data = await overlay.read(off, size)
+                with reading_for(str(number_of(InodeT(fh)))):
+                    data = await overlay.read(off, size)
         else:
             reader = await self._reader(fh)
             size = min(size, reader.size_bytes - off)
@@ -303,7 +305,8 @@ class Tree(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         overlay = await self._overlay(fh)
         if not overlay.write_nowait(off, buf):
-            await overlay.write(off, buf)
+            with reading_for(str(number_of(InodeT(fh)))):
+                await overlay.write(off, buf)
         return len(buf)
 
     @_handler

@@ -22,14 +22,19 @@ from stratocache.cache.configuration import (
     FetchSettings,
     SpaceSettings,
 )
+from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
+from stratocache.cache.origin import Backoff
 from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.acquisition import Acquisition
+from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.operations import Operations
+from stratocache.fs.provisional import ProvisionalImages, entry_finder
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database
+from stratocache.fs.traffic_record import TrafficRecord
 
 ROOT_CALLER = Caller("root", True)
 IMAGE = os.urandom(9 * 512 * 1024 + 1234)
@@ -50,6 +55,8 @@ class Host:
     configuration: Configuration
     woken: list[None] = field(default_factory=list)
     acquisition: Acquisition | None = None
+    provisional: ProvisionalImages | None = None
+    record: TrafficRecord | None = None
 
     def publish(self, **fields: object) -> None:
         """Offer the image, or a description of it that is wrong in some way."""
@@ -63,12 +70,24 @@ class Host:
 
         async def main() -> None:
             async with httpx.AsyncClient() as client, trio.open_nursery() as nursery:
+                chunk_fetcher = ChunkFetcher(
+                    self.configuration, self.images, client, nursery, entry_finder(self.db),
+                    backoff=Backoff(base_s=0.01, limit_s=0.1),
+                )  # fmt: skip
+                self.images.set_supplier(chunk_fetcher)
+                self.record = TrafficRecord(self.db, chunk_fetcher.traffic)
+                self.provisional = ProvisionalImages(
+                    self.configuration, self.db, self.images, client, chunk_fetcher,
+                    BootSets(self.configuration, self.images, nursery), self.record, nursery,
+                    lambda: self.woken.append(None),
+                )  # fmt: skip
                 acquisition = Acquisition(
                     self.configuration,
                     self.db,
                     Catalogues(self.configuration, client),
                     Fetcher(self.configuration, self.images, self.chunks, client),
                     self.images,
+                    self.provisional,
                     nursery,
                 )
                 acquisition.sweep()

@@ -1,0 +1,118 @@
+"""Learning what a boot reads: the first reads of an image after its first launch.
+
+From a launch on, until two minutes or 64 MiB have gone by, every chunk that is read of its image
+is noted, in order, and written to `bootsets/ID` once. An image that has a boot set, its own or one
+that came with it, learns nothing more.
+"""
+
+import logging
+from pathlib import Path
+
+import httpx
+import trio
+
+from stratocache.cache import bootset
+from stratocache.cache.chunks import CHUNK_BYTES
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.entry import Entry
+from stratocache.cache.errors import NotFound, NotVerified, StratocacheError
+from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.location import beside_index, read_location
+
+log = logging.getLogger(__name__)
+
+_WINDOW_S = 120.0
+_CHUNKS_MAX = 64 * 1024**2 // CHUNK_BYTES
+
+
+class BootSets:
+    """The boot sets of one state directory; recordings run in `nursery`."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        images: ImageStore,
+        nursery: trio.Nursery,
+        *,
+        window_s: float = _WINDOW_S,
+    ) -> None:
+        self._settings = configuration.fetch
+        self._directory = configuration.state_dir / "bootsets"
+        self._images = images
+        self._nursery = nursery
+        self._window_s = window_s
+        self._recording: set[str] = set()
+
+    def path(self, image_id: str) -> Path:
+        """Return where the boot set of an image is, or would be."""
+        return self._directory / self._images.manifest_path(image_id).stem
+
+    def load(self, image_id: str) -> list[int]:
+        """Return the chunks of an image's boot set, none when it has none that is any use."""
+        try:
+            size_bytes = self._images.manifest(image_id).size_bytes
+            return bootset.decode(bootset.read(self.path(image_id)), size_bytes)
+        except FileNotFoundError:
+            return []
+        except (OSError, StratocacheError) as error:
+            log.warning("boot set of %s: %s", image_id, error)
+            return []
+
+    async def fetch(self, entry: Entry, client: httpx.AsyncClient) -> None:
+        """Take the boot set that lies beside an entry's index, if there is one and none here."""
+        url = beside_index(entry.index.url, bootset.SUFFIX) if entry.index else None
+        if url is None or self.path(entry.identifier).exists():
+            return
+        try:
+            content = await read_location(url, bootset.BYTES_MAX, client, self._settings)
+            bootset.decode(content, entry.size_bytes)
+            await trio.to_thread.run_sync(bootset.write, self.path(entry.identifier), content)
+        except NotFound:
+            return
+        except (OSError, StratocacheError) as error:
+            log.info("boot set of %s: %s", entry.identifier, error)
+
+    def learn(self, image_id: str) -> None:
+        """Begin to note what is read of an image, unless its boot set is known."""
+        if image_id not in self._recording and not self.path(image_id).exists():
+            self._recording.add(image_id)
+            self._nursery.start_soon(self._record, image_id)
+
+    def forget(self, image_id: str) -> None:
+        """Remove the boot set of an image that goes. Blocks."""
+        self.path(image_id).unlink(missing_ok=True)
+
+    async def _record(self, image_id: str) -> None:
+        try:
+            reader = await trio.to_thread.run_sync(self._images.reader, image_id)
+            recording = _Recording(reader)
+            reader.trace = recording.note
+            try:
+                with trio.move_on_after(self._window_s):
+                    await recording.full.wait()
+            finally:
+                reader.trace = None
+            if recording.indexes and not self.path(image_id).exists():
+                content = bootset.encode(list(recording.indexes), reader.size_bytes)
+                await trio.to_thread.run_sync(bootset.write, self.path(image_id), content)
+        except (OSError, NotFound, NotVerified) as error:
+            log.warning("the boot set of %s is not known: %s", image_id, error)
+        finally:
+            self._recording.discard(image_id)
+
+
+class _Recording:
+    """The chunks that were read, in order."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self.indexes: dict[int, None] = {}
+        self.full = trio.Event()
+        self._reader = reader
+
+    def note(self, offset: int, size: int) -> None:
+        """Note one read; the event loop calls this for each."""
+        for index in range(offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES + 1):
+            if index not in self.indexes and self._reader.chunk(index) is not None:
+                self.indexes[index] = None
+        if len(self.indexes) >= _CHUNKS_MAX:
+            self.full.set()
