@@ -83,7 +83,7 @@ class _Health:
     failures: int = 0
     """In a row, that may pass."""
     wrongs: int = 0
-    """Ever, that are no accident."""
+    """That are no accident; every success halves their number."""
     rests_until: float = 0.0
 
 
@@ -365,7 +365,9 @@ class ChunkFetcher:
             if not image.reads:
                 image.idle.set()
                 image.idle = trio.Event()
-        self._health[origin.location].failures = 0
+        health = self._health[origin.location]
+        health.failures = 0
+        health.wrongs //= 2
         return None
 
     def _note_failure(self, origin: ChunkOrigin, error: Unavailable) -> None:

@@ -125,6 +125,12 @@ def build_metadata(
     measurement: Measurement, description: Description, *, created: datetime
 ) -> bytes:
     """Return an unsigned document; raises `InvalidInput` with code `metadata-invalid`."""
+    if description.index is not None and description.format != "raw":
+        raise InvalidInput(
+            "metadata-invalid",
+            f"An index describes the bytes of a raw image; leave it out for {description.format}.",
+            field="index",
+        )
     root = etree.Element(f"{{{RDF}}}RDF", nsmap=_NAMESPACES)
     root.set(f"{{{XML}}}base", BASE)
     body = etree.SubElement(root, f"{{{RDF}}}Description")

@@ -4,6 +4,7 @@ Each resource has a queue of faults; a request takes the next one, and is served
 none is left. The server logs what it was asked and what it sent.
 """
 
+import random
 import re
 import threading
 from collections import deque
@@ -29,6 +30,8 @@ class Fault:
     """Close the connection after so many bytes of the body."""
     ignore_range: bool = False
     """Answer 200 and everything."""
+    corrupt: bool = False
+    """Change the first byte of a part."""
     hold: threading.Event | None = None
     """Wait for this event where the cut would be, then go on."""
 
@@ -43,6 +46,18 @@ class Resource:
     declare_length: bool = True
     """Without a length the body ends with the connection."""
     faults: deque[Fault] = field(default_factory=deque)
+    chance: random.Random | None = None
+    """Decides, when there is one, whether a request meets one of `accidents`."""
+    accidents: tuple[Fault, ...] = ()
+    accident_rate: float = 0.5
+
+    def next_fault(self) -> Fault:
+        """Return what goes wrong with the next answer."""
+        if self.faults:
+            return self.faults.popleft()
+        if self.chance is not None and self.chance.random() < self.accident_rate:
+            return self.chance.choice(self.accidents)
+        return Fault()
 
 
 @dataclass
@@ -133,7 +148,7 @@ def _answer(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
         request.status = 404
         _send_head(handler, 404, {"Content-Length": "0"})
         return
-    fault = resource.faults.popleft() if resource.faults else Fault()
+    fault = resource.next_fault()
     if fault.status is not None:
         request.status = fault.status
         _send_head(handler, fault.status, {"Content-Length": "0"} | fault.headers)
@@ -158,16 +173,20 @@ def _content(
         headers["ETag"] = resource.etag
     if resource.last_modified:
         headers["Last-Modified"] = resource.last_modified
-    match = re.fullmatch(r"bytes=(\d+)-", request.range or "")
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
     same = request.if_range in (None, resource.etag, resource.last_modified)
     if match is None or fault.ignore_range or not same:
         return 200, headers, data
     start = int(match[1])
     if start >= len(data):
         return 416, {"Content-Length": "0"}, data[:0]
-    headers["Content-Length"] = str(len(data) - start)
-    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-    return 206, headers, data[start:]
+    end = min(int(match[2] or len(data) - 1), len(data) - 1) + 1
+    headers["Content-Length"] = str(end - start)
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+    body = data[start:end]
+    if fault.corrupt:
+        body = memoryview(bytes([body[0] ^ 1]) + bytes(body[1:]))
+    return 206, headers, body
 
 
 def _send_head(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
