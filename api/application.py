@@ -14,7 +14,7 @@ from stratocache.api.resources.disks import (
     DiskRestoration,
 )
 from stratocache.api.resources.health import Index, Liveness, Readiness
-from stratocache.api.resources.images import ImageCollection, ImageItem, ImagePin
+from stratocache.api.resources.images import ImageBootSet, ImageCollection, ImageItem, ImagePin
 from stratocache.api.resources.launches import LaunchCollection, LaunchItem
 from stratocache.api.resources.operations import OperationCollection, OperationItem
 from stratocache.api.resources.snapshots import (
@@ -58,6 +58,7 @@ def create_app(
     app.add_route("/v1/images", ImageCollection(service))
     app.add_route("/v1/images/{image_id}", ImageItem(service))
     app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
+    app.add_route("/v1/images/{image_id}/bootset", ImageBootSet(service))
     app.add_route("/v1/disks", DiskCollection(service))
     app.add_route("/v1/disks/{uuid}", DiskItem(service))
     app.add_route("/v1/disks/{uuid}/content", DiskContent(service))

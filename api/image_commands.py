@@ -1,5 +1,6 @@
 """`stratocache image`: the cached images."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -91,6 +92,46 @@ def unpin(session: Session, image_id: str) -> None:
     """Let an image be evicted again."""
     document = session.client.delete(_path(image_id) + "/pin")
     session.show(document, f"Image {image_id} is not pinned.")
+
+
+@image.group()
+def bootset() -> None:
+    """What a boot reads of an image: it is fetched first. Learned, or taken from elsewhere."""
+
+
+@bootset.command("export")
+@click.argument("image_id", metavar="ID")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@json_option
+@click.pass_obj
+def export_bootset(session: Session, image_id: str, file: Path) -> None:
+    """Write the boot set of an image to FILE, to lie beside its index as NAME.bootset."""
+    from stratocache.cache import publication
+
+    document = session.client.get(_path(image_id) + "/bootset")
+    publication.write(file, json.dumps(document).encode())
+    session.show(
+        {"image": image_id, "file": str(file), "chunks": len(document["indexes"])},
+        f"{file}: {len(document['indexes'])} chunks",
+    )
+
+
+@bootset.command("import")
+@click.argument("image_id", metavar="ID")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_option
+@click.pass_obj
+def import_bootset(session: Session, image_id: str, file: Path) -> None:
+    """Use the boot set in FILE for an image."""
+    from stratocache.cache import bootset as boot_sets
+    from stratocache.cache.errors import InvalidInput
+
+    try:
+        document = json.loads(boot_sets.read(file))
+    except ValueError:
+        raise InvalidInput("bootset-invalid", f"{file} is not a boot set.") from None
+    session.client.put(_path(image_id) + "/bootset", document)
+    session.show({"image": image_id, "file": str(file)}, f"Image {image_id} has a boot set.")
 
 
 @image.command()

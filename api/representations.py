@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from stratocache.api import connection_details
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
+from stratocache.fs.fetch_account import ImageAccount
 from stratocache.fs.records import (
     Attachment,
     Caller,
@@ -36,6 +37,11 @@ class Representation(BaseModel):
         return hashlib.sha256(self.to_json()).hexdigest()[:32]
 
 
+def _plain(view: Representation, base: type[Representation]) -> Representation:
+    """Return the part of a view that a base class of it has."""
+    return base(**{name: getattr(view, name) for name in base.model_fields})
+
+
 class ImageView(Representation):
     """An image."""
 
@@ -62,6 +68,50 @@ class ImageView(Representation):
             verified_at=image.verified_at,
             last_used_at=image.last_used_at,
             entry=image.entry,
+        )
+
+
+class ImageDisk(Representation):
+    """A disk that began as an image."""
+
+    uuid: str
+    snapshots: list[str]
+
+
+class ImageDetails(ImageView):
+    """An image, what it cost to fetch, and what was made of it."""
+
+    remote_bytes: int
+    remote_wait_s: float
+    dedup_bytes: int
+    local_bytes: int | None
+    complete_in_s: float | None
+    disks: list[ImageDisk]
+
+    @property
+    def etag(self) -> str:
+        """The validator of the image alone: what it cost changes all the time."""
+        return _plain(self, ImageView).etag
+
+    @classmethod
+    def with_account(
+        cls, image: Image, account: ImageAccount, disks: list[str], snapshots: list[Snapshot]
+    ) -> Self:
+        """Show an image with its account and the disks and snapshots that began with it."""
+        lineage = [
+            ImageDisk(
+                uuid=uuid, snapshots=[item.id for item in snapshots if item.disk_uuid == uuid]
+            )
+            for uuid in disks
+        ]
+        return cls(
+            **dict(ImageView.of(image)),
+            remote_bytes=account.remote_bytes,
+            remote_wait_s=account.remote_wait_s,
+            dedup_bytes=account.dedup_bytes,
+            local_bytes=account.local_bytes,
+            complete_in_s=account.complete_in_s,
+            disks=lineage,
         )
 
 
@@ -104,6 +154,21 @@ class DiskView(Representation):
             created_at=disk.created_at,
             attached_to=[attachment.instance for attachment in attachments],
         )
+
+
+class DiskDetails(DiskView):
+    """A disk, and what fetching cost it."""
+
+    remote_bytes: int
+    """Of its image, fetched because a read of this disk waited for them."""
+    remote_wait_s: float
+    fenced: bool
+    """Whether its image was rejected, so that it cannot be attached."""
+
+    @property
+    def etag(self) -> str:
+        """The validator of the disk alone: what it cost changes all the time."""
+        return _plain(self, DiskView).etag
 
 
 class SnapshotView(Representation):

@@ -142,11 +142,10 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
 
 def refuse_fenced(db: Database, disk: Disk) -> None:
     """Raise `Refused` (`disk-fenced`) for a disk that began as an image that was rejected."""
-    image = inventory.find_image(db, disk.base_image or "")
-    if image is not None and image.state == "rejected":
+    if inventory.is_fenced(db, disk):
         raise Refused(
             "disk-fenced",
-            f"Disk {disk.uuid} began as image {image.id}, which is not what its endorser promised; "
+            f"Disk {disk.uuid} began as image {disk.base_image}, which is not what its endorser promised; "
             "download what you need of it and delete it.",
         )
 

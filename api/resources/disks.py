@@ -4,10 +4,10 @@ import falcon
 
 from stratocache.api import answers, query
 from stratocache.api.models import DiskChange, DiskCreation, read_body
-from stratocache.api.representations import DiskView
+from stratocache.api.representations import DiskDetails, DiskView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import InvalidInput
-from stratocache.fs import disk_intents, inventory, space_plan
+from stratocache.fs import disk_intents, fetch_account, inventory, space_plan
 from stratocache.fs.import_intents import ImportRequest, import_disk
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation
 from stratocache.fs.state import Database
@@ -68,9 +68,19 @@ class DiskItem:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
-        """Show one disk."""
+        """Show one disk, and what fetching cost it."""
         query.require_known(request)
-        answers.show(response, _view(self._service, answers.caller(request), uuid))
+        db = self._service.db
+        disk = inventory.disk(db, answers.caller(request), uuid)
+        account = fetch_account.of_disk(db, disk)
+        view = DiskView.of(disk, inventory.attachments(db, disk_uuid=uuid))
+        details = DiskDetails(
+            **dict(view),
+            remote_bytes=account.remote_bytes,
+            remote_wait_s=account.remote_wait_s,
+            fenced=inventory.is_fenced(db, disk),
+        )
+        answers.show(response, details)
 
     def on_patch(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """Change tag, visibility or owner, and grow: 202 when that takes longer than `?wait=`."""

@@ -1,13 +1,16 @@
 """`/v1/images`: what is cached, fetching, pinning and deleting it."""
 
+from pathlib import Path
+
 import falcon
 
 from stratocache.api import answers, query
 from stratocache.api.models import ImageFetch, read_body
-from stratocache.api.representations import ImageView
+from stratocache.api.representations import ImageDetails, ImageView
 from stratocache.api.service import Service, require_success
-from stratocache.cache.errors import Internal
-from stratocache.fs import intents, inventory
+from stratocache.cache import bootset
+from stratocache.cache.errors import Internal, NotFound
+from stratocache.fs import fetch_account, intents, inventory
 
 
 class ImageCollection:
@@ -56,9 +59,16 @@ class ImageItem:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
-        """Show one image."""
+        """Show one image, what it cost to fetch, and what was made of it."""
         query.require_known(request)
-        answers.show(response, ImageView.of(inventory.image(self._service.db, image_id)))
+        db = self._service.db
+        image = inventory.image(db, image_id)
+        disks, snapshots = (
+            inventory.disks_of_image(db, image_id),
+            inventory.snapshots_of_image(db, image_id),
+        )
+        account = fetch_account.of_image(db, image)
+        answers.show(response, ImageDetails.with_account(image, account, disks, snapshots))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Delete an image that nothing uses: 204, or 202 when that takes longer than `?wait=`."""
@@ -70,6 +80,40 @@ class ImageItem:
             wait_s,
         )
         answers.finish_removal(response, operation)
+
+
+class ImageBootSet:
+    """`/v1/images/{image_id}/bootset`: the chunks that a boot reads, in order."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
+        """Answer with the boot set, as it lies beside an index for other hosts."""
+        query.require_known(request)
+        image = inventory.image(self._service.db, image_id)
+        try:
+            content = bootset.read(self._path(image.id))
+        except FileNotFoundError:
+            raise NotFound(
+                "bootset-unknown", f"Nobody has booted image {image_id} here yet."
+            ) from None
+        bootset.decode(content, image.size_bytes or 0)
+        response.content_type = falcon.MEDIA_JSON
+        response.data = content
+
+    def on_put(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
+        """Take a boot set from elsewhere: 204."""
+        query.require_known(request)
+        intents.require_administrator(answers.caller(request))
+        image = inventory.image(self._service.db, image_id)
+        content = request.bounded_stream.read(bootset.BYTES_MAX + 1)
+        indexes = bootset.decode(content, image.size_bytes or 0)
+        bootset.write(self._path(image.id), bootset.encode(indexes, image.size_bytes or 0))
+        response.status = 204
+
+    def _path(self, image_id: str) -> Path:
+        return self._service.configuration.state_dir / "bootsets" / image_id
 
 
 class ImagePin:
