@@ -97,10 +97,13 @@ class ImageReader:
             return None
         try:
             return self._chunks.open(digest)
-        except NotVerified:
+        except NotVerified as missing:
             if self._gate.supplier is None:
                 raise
-        trio.from_thread.run(self._gate.open, digest, self.name, index)
+            try:
+                trio.from_thread.run(self._gate.open, digest, self.name, index)
+            except RuntimeError:  # not a thread of trio's: nobody can fetch it
+                raise missing from None
         return self._chunks.open(digest)
 
     def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:

@@ -41,7 +41,7 @@ class BootSets:
         self._images = images
         self._nursery = nursery
         self._window_s = window_s
-        self._recording: set[str] = set()
+        self._recording: dict[str, _Recording] = {}
 
     def path(self, image_id: str) -> Path:
         """Return where the boot set of an image is, or would be."""
@@ -75,17 +75,24 @@ class BootSets:
     def learn(self, image_id: str) -> None:
         """Begin to note what is read of an image, unless its boot set is known."""
         if image_id not in self._recording and not self.path(image_id).exists():
-            self._recording.add(image_id)
-            self._nursery.start_soon(self._record, image_id)
+            recording = self._recording[image_id] = _Recording()
+            self._nursery.start_soon(self._record, image_id, recording)
+
+    async def stop_learning(self, image_id: str) -> None:
+        """Write down what has been noted of an image; return when that is done."""
+        recording = self._recording.get(image_id)
+        if recording is not None:
+            recording.full.set()
+            await recording.ended.wait()
 
     def forget(self, image_id: str) -> None:
         """Remove the boot set of an image that goes. Blocks."""
         self.path(image_id).unlink(missing_ok=True)
 
-    async def _record(self, image_id: str) -> None:
+    async def _record(self, image_id: str, recording: "_Recording") -> None:
         try:
             reader = await trio.to_thread.run_sync(self._images.reader, image_id)
-            recording = _Recording(reader)
+            recording.reader = reader
             reader.trace = recording.note
             try:
                 with trio.move_on_after(self._window_s):
@@ -98,21 +105,25 @@ class BootSets:
         except (OSError, NotFound, NotVerified) as error:
             log.warning("the boot set of %s is not known: %s", image_id, error)
         finally:
-            self._recording.discard(image_id)
+            del self._recording[image_id]
+            recording.ended.set()
 
 
 class _Recording:
     """The chunks that were read, in order."""
 
-    def __init__(self, reader: ImageReader) -> None:
+    def __init__(self) -> None:
         self.indexes: dict[int, None] = {}
         self.full = trio.Event()
-        self._reader = reader
+        self.ended = trio.Event()
+        self.reader: ImageReader | None = None
 
     def note(self, offset: int, size: int) -> None:
         """Note one read; the event loop calls this for each."""
         for index in range(offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES + 1):
-            if index not in self.indexes and self._reader.chunk(index) is not None:
+            if index in self.indexes:
+                continue
+            if self.reader is not None and self.reader.chunk(index) is not None:
                 self.indexes[index] = None
         if len(self.indexes) >= _CHUNKS_MAX:
             self.full.set()

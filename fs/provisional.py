@@ -198,6 +198,7 @@ class ProvisionalImages:
             task.scope.cancel()
             await task.stopped.wait()
         await self._fetcher.forget(image_id)
+        await self.boot_sets.stop_learning(image_id)
         await trio.to_thread.run_sync(self.boot_sets.forget, image_id)
 
     async def _run(self, image: Image, task: _Task) -> None:

@@ -1,154 +1,26 @@
 """Operations on a real state database, a real catalogue folder and a real HTTP origin."""
 
 import hashlib
-import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
-import httpx
 import pytest
 import trio
-from support.documents import EMAIL, make_endorser, shelve, signed_document, unsigned_document
-from support.origins import Fault, OriginServer, Resource, origin_server
+from support.operation_host import IDENTIFIER, IMAGE, NOW, ROOT_CALLER, Host, operation_host
+from support.origins import Fault
 
-from stratocache.cache.catalogue import Catalogues
-from stratocache.cache.chunks import ChunkStore
-from stratocache.cache.configuration import (
-    CatalogueSettings,
-    Configuration,
-    FetchSettings,
-    SpaceSettings,
-)
-from stratocache.cache.demand import ChunkFetcher
-from stratocache.cache.fetch import Fetcher
-from stratocache.cache.identifier import encode
-from stratocache.cache.images import ImageStore
-from stratocache.cache.origin import Backoff
 from stratocache.fs import disk_intents, intents, inventory
-from stratocache.fs.acquisition import Acquisition
-from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.operations import Operations
-from stratocache.fs.provisional import ProvisionalImages, entry_finder
-from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
-from stratocache.fs.state import Database
-from stratocache.fs.traffic_record import TrafficRecord
-
-ROOT_CALLER = Caller("root", True)
-IMAGE = os.urandom(9 * 512 * 1024 + 1234)
-IDENTIFIER = encode(hashlib.sha1(IMAGE).hexdigest())
-NOW = datetime.now(UTC).replace(microsecond=0)
-
-
-@dataclass
-class Host:
-    """The part of `blockd` that runs operations, on directories of its own."""
-
-    folder: Path
-    origin: OriginServer
-    resource: Resource
-    db: Database
-    chunks: ChunkStore
-    images: ImageStore
-    configuration: Configuration
-    woken: list[None] = field(default_factory=list)
-    acquisition: Acquisition | None = None
-    provisional: ProvisionalImages | None = None
-    record: TrafficRecord | None = None
-
-    def publish(self, **fields: object) -> None:
-        """Offer the image, or a description of it that is wrong in some way."""
-        url = self.origin.url + "/image"
-        unsigned = unsigned_document(IMAGE, **{"locations": [url], **fields})  # type: ignore[arg-type]
-        document = signed_document(make_endorser(), unsigned, created=NOW - timedelta(days=1))
-        shelve(self.folder / "entries", document, IDENTIFIER, EMAIL, NOW - timedelta(days=1))
-
-    def run(self, script: Callable[[Operations], Awaitable[None]]) -> None:
-        """Run a script beside the operations, as one process would; its end is their death."""
-
-        async def main() -> None:
-            async with httpx.AsyncClient() as client, trio.open_nursery() as nursery:
-                chunk_fetcher = ChunkFetcher(
-                    self.configuration, self.images, client, nursery, entry_finder(self.db),
-                    backoff=Backoff(base_s=0.01, limit_s=0.1),
-                )  # fmt: skip
-                self.images.set_supplier(chunk_fetcher)
-                self.record = TrafficRecord(self.db, chunk_fetcher.traffic)
-                self.provisional = ProvisionalImages(
-                    self.configuration, self.db, self.images, client, chunk_fetcher,
-                    BootSets(self.configuration, self.images, nursery), self.record, nursery,
-                    lambda: self.woken.append(None),
-                )  # fmt: skip
-                acquisition = Acquisition(
-                    self.configuration,
-                    self.db,
-                    Catalogues(self.configuration, client),
-                    Fetcher(self.configuration, self.images, self.chunks, client),
-                    self.images,
-                    self.provisional,
-                    nursery,
-                )
-                acquisition.sweep()
-                self.acquisition = acquisition
-                operations = Operations(
-                    self.db, acquisition, nursery, lambda: self.woken.append(None)
-                )
-                operations.look()
-                with trio.fail_after(60):
-                    await script(operations)
-                nursery.cancel_scope.cancel()
-
-        trio.run(main)
-
-    async def end(self, operation: Operation) -> Operation:
-        """Wait until an operation has ended."""
-        return await trio.to_thread.run_sync(
-            inventory.wait_for_operation, self.db, operation.id, 60.0
-        )
-
-    async def sent(self, held: Fault) -> None:
-        """Wait until an answer has been sent up to where it is held."""
-        while not any(line.sent_bytes == held.cut_after_bytes for line in self.origin.log):
-            await trio.lowlevel.checkpoint()
-
-    def leftovers(self) -> list[str]:
-        """Return what is below the state directory that belongs to images."""
-        found = os.listdir(self.configuration.state_dir / "stage")
-        found += os.listdir(self.configuration.state_dir / "manifests")
-        chunks = (self.configuration.state_dir / "chunks").rglob("*")
-        return found + [path.name for path in chunks if len(path.name) == 64]
+from stratocache.fs.records import DiskRequest, LaunchRequest, Operation
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
     """A host whose catalogue is a folder and whose origin serves one image."""
-    state = tmp_path / "state"
-    state.mkdir()
-    (tmp_path / "entries").mkdir()
-    db = Database(state / "state.db")
-    db.migrate()
-    chunks = ChunkStore(state / "chunks")
-    configuration = Configuration(
-        state_dir=state,
-        run_dir=tmp_path / "run",
-        fetch=FetchSettings(attempts=2),
-        space=SpaceSettings(reserve_bytes=0),
-        catalogues={
-            "stratuslab": CatalogueSettings(
-                endpoint=(tmp_path / "entries").as_uri(),
-                trusted_fingerprints=(make_endorser().fingerprint,),
-            )
-        },
-    )
-    with origin_server() as origin:
-        resource = Resource(IMAGE)
-        origin.add("/image", resource)
-        images = ImageStore(state, chunks)
-        yield Host(tmp_path, origin, resource, db, chunks, images, configuration)
-    chunks.close()
-    db.close()
+    with operation_host(tmp_path) as host:
+        yield host
 
 
 def test_many_requests_make_one_download(host: Host) -> None:

@@ -51,6 +51,10 @@ class Resource:
     accidents: tuple[Fault, ...] = ()
     accident_rate: float = 0.5
 
+    blocked: threading.Event | None = None
+    """While there is one, answers to all but the first `free` requests wait until it is set."""
+    free: int = 0
+
     def next_fault(self) -> Fault:
         """Return what goes wrong with the next answer."""
         if self.faults:
@@ -148,6 +152,10 @@ def _answer(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
         request.status = 404
         _send_head(handler, 404, {"Content-Length": "0"})
         return
+    if resource.blocked is not None:
+        resource.free -= 1
+        if resource.free < 0:
+            resource.blocked.wait(60)
     fault = resource.next_fault()
     if fault.status is not None:
         request.status = fault.status

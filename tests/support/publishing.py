@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from stratocache.cache import publication
 from stratocache.cache.entry import Compression, ImageFormat
 from stratocache.cache.identifier import encode
+from stratocache.cache.indexing import index_image
 from stratocache.cache.publication import Description
 from support.documents import EMAIL, make_endorser, shelve
 
@@ -54,8 +55,12 @@ def publish_image(
     image_format: ImageFormat = "raw",
     locations: Sequence[str] | None = None,
     seed: int = 1,
+    index_url: str | None = None,
 ) -> Published:
-    """Make an image below `folder` and publish it; without locations it is read as a local file."""
+    """Make an image below `folder` and publish it; without locations it is read as a local file.
+
+    With `index_url`, the URL of `folder`, its chunk index and chunk store lie beside it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     image = folder / f"image-{seed}"
     random_image(image, size_bytes, seed=seed)
@@ -71,6 +76,12 @@ def publish_image(
         compression=compression,
         format=image_format,
     )
+    if index_url is not None:
+        made = index_image(image, folder)
+        url = f"{index_url}/{made.index.name}"
+        description = replace(
+            description, index=publication.endorsed_index(url, made.index, measurement)
+        )
     endorser = make_endorser()
     unsigned = publication.build_metadata(measurement, description, created=created)
     signed = publication.endorse(unsigned, endorser.credentials, created=created)
@@ -90,19 +101,24 @@ def slow_origin(folder: Path, bytes_per_s: int) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            data = (folder / Path(self.path).name).read_bytes()
+            path = folder / self.path.lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            data = path.read_bytes()
             wanted = self.headers.get("Range", "")
-            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first or 0), min(int(last or len(data)) + 1, len(data))
             self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("Content-Length", str(end - start))
             self.send_header("ETag", '"one"')
             if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
             self.end_headers()
-            for offset in range(start, len(data), _PIECE_BYTES):
+            for offset in range(start, end, _PIECE_BYTES):
                 time.sleep(_PIECE_BYTES / bytes_per_s)
                 try:
-                    self.wfile.write(data[offset : offset + _PIECE_BYTES])
+                    self.wfile.write(data[offset : min(offset + _PIECE_BYTES, end)])
                 except OSError:
                     return
 

@@ -1,0 +1,315 @@
+"""Images that are served before they are complete: landing, completion, rejection, recovery."""
+
+import hashlib
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import trio
+from support.lazy import index_of, manifest_of
+from support.operation_host import IDENTIFIER, IMAGE, ROOT_CALLER, Host, operation_host
+from support.origins import Fault
+
+from stratocache.cache.chunks import CHUNK_BYTES
+from stratocache.cache.errors import NotVerified, Refused
+from stratocache.fs import fetch_account, intents, inventory
+from stratocache.fs.operations import Operations
+from stratocache.fs.records import LaunchRequest, Operation
+from stratocache.fs.schema import MIGRATIONS
+from stratocache.fs.state import Database
+
+CHUNKS = manifest_of(IMAGE).chunk_count
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A host whose catalogue is a folder and whose origin serves one image."""
+    with operation_host(tmp_path) as host:
+        yield host
+
+
+def _publish(host: Host, *, sha256: str | None = None, **fields: object) -> None:
+    """Offer the image with an index of it, or one whose signed digest is `sha256`."""
+    index = index_of(IMAGE, host.folder)
+    url = host.origin.add("/image.caibx", index)
+    endorsed = sha256 or hashlib.sha256(index).hexdigest()
+    extra = (
+        '<sc:index xmlns:sc="http://stratocache.org/terms#" rdf:parseType="Resource">'
+        f"<sc:url>{url}</sc:url><sc:sha256>{endorsed}</sc:sha256></sc:index>"
+    )
+    host.publish(extra=extra, **fields)
+
+
+def _asked(host: Host) -> Counter[int]:
+    """Return how often each chunk left the raw location."""
+    asked: Counter[int] = Counter()
+    for request in host.origin.log:
+        if request.path == "/image" and request.status == 206 and request.range:
+            start, end = (int(text) for text in request.range.removeprefix("bytes=").split("-"))
+            asked.update(range(start // CHUNK_BYTES, end // CHUNK_BYTES + 1))
+    return asked
+
+
+def _events(host: Host) -> list[str]:
+    return [row["kind"] for row in host.db.rows("SELECT kind FROM events ORDER BY number")]
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    while not condition():
+        await trio.sleep(0.01)
+
+
+async def _state(host: Host, state: str) -> None:
+    """Wait until the image is in a state."""
+
+    def reached() -> bool:
+        image = inventory.find_image(host.db, IDENTIFIER)
+        return image is not None and image.state == state
+
+    await _until(reached)
+
+
+def _launch(host: Host, instance: str = "vm1") -> Operation:
+    return intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, instance))
+
+
+def _launched(host: Host, instance: str = "vm1") -> bool:
+    return inventory.launch(host.db, instance).boot_disk is not None
+
+
+async def _recorded(host: Host, instance: str = "vm1") -> None:
+    """Wait until a launch has its clone's row."""
+    await _until(lambda: _launched(host, instance))
+
+
+def test_a_launch_does_not_wait_for_the_image(host: Host) -> None:
+    """With an endorsed index the clone is there after one chunk; the rest follows as a fetch."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 1
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        image = inventory.image(host.db, IDENTIFIER)
+        assert (image.state, image.size_bytes, image.sha256) == ("provisional", len(IMAGE), None)
+        operations.look()
+        [fetch] = [item for item in inventory.operations(host.db) if item.kind == "fetch"]
+        assert fetch.state in ("pending", "running")
+        assert host.resource.blocked is not None
+        host.resource.blocked.set()
+        ended = await host.end(fetch)
+        assert (ended.state, ended.result) == ("done", {"image": IDENTIFIER})
+
+    host.run(script)
+
+    image = inventory.image(host.db, IDENTIFIER)
+    assert (image.state, image.sha256) == ("verified", hashlib.sha256(IMAGE).hexdigest())
+    assert _asked(host) == Counter(range(CHUNKS))
+    assert host.images.reader(IDENTIFIER).read_blocking(0, len(IMAGE)) == IMAGE
+    assert _events(host).count("image.provisional") == 1
+
+
+def test_a_fetch_waits_for_the_whole(host: Host) -> None:
+    """`image fetch` ends with a verified image, and adds no operation beside itself."""
+    _publish(host)
+    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+
+    async def script(operations: Operations) -> None:
+        assert (await host.end(fetch)).state == "done"
+        assert host.record is not None
+        await host.record.write()
+
+    host.run(script)
+
+    image = inventory.image(host.db, IDENTIFIER)
+    assert image.state == "verified"
+    assert [item.id for item in inventory.operations(host.db)] == [fetch.id]
+    account = fetch_account.of_image(host.db, image)
+    assert (account.remote_bytes, account.local_bytes) == (len(IMAGE), len(IMAGE))
+    assert account.complete_in_s == 0
+
+
+@pytest.mark.parametrize("fault", ["digest", "absent", "no-ranges"])
+def test_an_index_that_is_no_use_costs_nothing_but_time(host: Host, fault: str) -> None:
+    """With a forged or missing index, or an origin without ranges, the image is fetched whole."""
+    _publish(host, sha256="0" * 64 if fault == "digest" else None)
+    if fault == "absent":
+        del host.origin.resources["/image.caibx"]
+    if fault == "no-ranges":
+        host.resource.faults.extend([Fault(ignore_range=True)] * 20)
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+
+    host.run(script)
+
+    assert inventory.image(host.db, IDENTIFIER).state == "verified"
+    assert "image.index-unusable" in _events(host)
+    assert host.images.reader(IDENTIFIER).read_blocking(0, len(IMAGE)) == IMAGE
+
+
+def test_a_process_that_died_has_its_image_completed_by_the_next(host: Host) -> None:
+    """What came before a death is kept: no chunk is fetched twice, and the launch stands."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 2
+    _launch(host)
+
+    async def die(operations: Operations) -> None:
+        await _recorded(host)
+        await _until(lambda: len(list(_chunk_files(host))) >= 2)
+
+    host.run(die)
+    before = len(list(_chunk_files(host)))
+    assert before < CHUNKS
+    host.resource.blocked.set()
+    host.origin.log.clear()
+    host.images = type(host.images)(host.configuration.state_dir, host.chunks)
+
+    async def go_on(operations: Operations) -> None:
+        await _state(host, "verified")
+
+    host.run(go_on)
+
+    assert sum(_asked(host).values()) == CHUNKS - before
+    assert host.images.reader(IDENTIFIER).read_blocking(0, len(IMAGE)) == IMAGE
+
+
+def _chunk_files(host: Host) -> Iterator[Path]:
+    chunks = (host.configuration.state_dir / "chunks").rglob("*")
+    return (path for path in chunks if len(path.name) == 64)
+
+
+def test_a_rejected_image_fences_its_disks(host: Host) -> None:
+    """When the whole is not what was promised its chunks leave, and nothing of it is attached."""
+    _publish(host, digests={"SHA-512": "1" * 128})
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        await _state(host, "rejected")
+        again = _launch(host, "vm2")
+        operations.look()
+        await _until(lambda: inventory.operation(host.db, again.id).error is not None)
+
+    host.run(script)
+
+    [disk] = inventory.disks(host.db, ROOT_CALLER)
+    assert inventory.is_fenced(host.db, disk)
+    host.db.connection.execute("UPDATE disks SET state = 'available', form = 'overlay'")
+    with pytest.raises(Refused) as caught:
+        intents.attach(host.db, ROOT_CALLER, disk.uuid, instance="vm3", access="ro")
+    assert caught.value.code == "disk-fenced"
+    assert list(_chunk_files(host)) == []
+    assert len(list((host.configuration.state_dir / "quarantine").iterdir())) == CHUNKS
+    assert {"image.rejected", "disk.fenced"} <= set(_events(host))
+    message = host.db.row("SELECT message FROM events WHERE kind = 'image.rejected'")
+    assert message is not None and disk.uuid in message["message"]
+    error = next(item.error for item in inventory.operations(host.db, subject="vm2"))
+    assert error is not None and error["code"] == "image-rejected"
+    with pytest.raises(NotVerified):
+        host.images.reader(IDENTIFIER).read_blocking(0, 1)
+
+
+def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:
+    """An image of which nothing was made goes with the operation that wanted it."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 1
+    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+
+    async def script(operations: Operations) -> None:
+        await _state(host, "provisional")
+        intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
+        operations.look()
+        assert (await host.end(fetch)).state == "cancelled"
+        await _state(host, "deleting")
+        assert host.resource.blocked is not None
+        host.resource.blocked.set()
+        assert host.provisional is not None
+        await host.provisional.stop(IDENTIFIER)
+        await trio.to_thread.run_sync(host.images.remove, IDENTIFIER)
+        assert host.leftovers() == []
+
+    host.run(script)
+
+
+def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
+    """A disk's image goes on being completed, whatever becomes of the operation that shows it."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 1
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        operations.look()
+        [fetch] = [item for item in inventory.operations(host.db) if item.kind == "fetch"]
+        intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
+        operations.look()
+        assert (await host.end(fetch)).state == "cancelled"
+        assert host.resource.blocked is not None
+        host.resource.blocked.set()
+        await _state(host, "verified")
+
+    host.run(script)
+
+
+def test_a_boot_is_learned_and_fetched_first_elsewhere(host: Host) -> None:
+    """What the first launch reads becomes the boot set, in the order of the reads."""
+    _publish(host)
+    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    wanted = [7, 2, 5]
+
+    async def script(operations: Operations) -> None:
+        await host.end(fetch)
+        assert host.provisional is not None
+        sets = host.provisional.boot_sets
+        _launch(host)
+        operations.look()
+        await _recorded(host)
+        reader = host.images.reader(IDENTIFIER)
+        await _until(lambda: reader.trace is not None)
+        for index in wanted:
+            await reader.read(index * CHUNK_BYTES + 5, 100)
+        await sets.stop_learning(IDENTIFIER)
+        assert sets.load(IDENTIFIER) == wanted
+
+    host.run(script)
+
+
+def test_the_migration_keeps_images_and_what_refers_to_them(tmp_path: Path) -> None:
+    """Images of the release before stay with their numbers, attachments go on referring to them."""
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as old:
+        for number, migration in enumerate(MIGRATIONS[:2], 1):
+            old.executescript(f"BEGIN; {migration} PRAGMA user_version = {number}; COMMIT;")
+        for name in ("gone", "kept"):
+            old.execute(
+                "INSERT INTO images (id, state, entry, created_at) VALUES (?, 'verified', '{}', '')",
+                (name,),
+            )
+        old.execute("DELETE FROM images WHERE id = 'kept'")
+        old.execute(
+            "INSERT INTO attachments (id, image_id, instance, role, position, access, "
+            "chap_username, chap_secret, state, owner, created_at) "
+            "VALUES ('a', 'gone', 'vm', 'readonly', 0, 'ro', 'u', 's', 'ready', 'root', '')"
+        )
+    db = Database(path)
+
+    db.migrate()
+
+    db.connection.execute(
+        "INSERT INTO images (id, state, entry, created_at) VALUES ('new', 'provisional', '{}', '')"
+    )
+    assert [tuple(row) for row in db.rows("SELECT number, id FROM images ORDER BY number")] == [
+        (1, "gone"),
+        (3, "new"),
+    ]
+    assert db.rows("PRAGMA foreign_key_check") == []
+    with pytest.raises(sqlite3.IntegrityError):
+        db.connection.execute("DELETE FROM images WHERE id = 'gone'")
+    db.close()
