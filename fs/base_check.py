@@ -5,6 +5,7 @@ Reads files by their names alone: the chunk store belongs to one process, which 
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Bases:
 
     state_dir: Path
     users: dict[str, list[str]] = field(default_factory=dict)
+    incomplete: list[str] = field(default_factory=list)
+    """Manifests of images that are still being fetched: their chunks may be missing."""
 
     def need(self, name: str, user: str) -> None:
         """Remember that a disk or snapshot needs a manifest."""
@@ -36,6 +39,7 @@ class Bases:
     def check(self, *, deep: bool) -> Iterator[Finding]:
         """Yield what is wrong with the manifests and their chunks; `deep` hashes every chunk."""
         seen: dict[bytes, bool] = {}
+        awaited = self._awaited()
         for name, users in sorted(self.users.items()):
             path = self.state_dir / "manifests" / f"{name}.caibx"
             try:
@@ -48,10 +52,19 @@ class Bases:
             except NotVerified as error:
                 yield Finding("base-damaged", name, f"{error.message} {_needed(users)}.")
                 continue
-            yield from self._check_chunks(name, manifest, users, seen, deep=deep)
+            yield from self._check_chunks(name, manifest, users, seen, awaited, deep=deep)
+
+    def _awaited(self) -> set[bytes]:
+        found: set[bytes] = set()
+        for name in self.incomplete:
+            path = self.state_dir / "manifests" / f"{name}.caibx"
+            with suppress(FileNotFoundError, NotVerified):
+                found.update(Manifest.read(path, image_bytes_max=_IMAGE_BYTES_MAX).stored())
+        return found
 
     def _check_chunks(
-        self, name: str, manifest: Manifest, users: list[str], seen: dict[bytes, bool], *, deep: bool
+        self, name: str, manifest: Manifest, users: list[str], seen: dict[bytes, bool],
+        awaited: set[bytes], *, deep: bool,
     ) -> Iterator[Finding]:  # fmt: skip
         missing, corrupt = [], []
         for digest in dict.fromkeys(manifest.stored()):
@@ -59,7 +72,8 @@ class Bases:
             try:
                 size_bytes = path.stat().st_size
             except FileNotFoundError:
-                missing.append(digest)
+                if digest not in awaited:
+                    missing.append(digest)
                 continue
             if digest not in seen:
                 seen[digest] = 0 < size_bytes <= CHUNK_BYTES and not (

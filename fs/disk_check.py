@@ -110,6 +110,8 @@ class _Check:
             if uuid is None:
                 self._keep(self._check_strangers())
                 self._keep(self._check_snapshots())
+            provisional = self._rows("SELECT id FROM images WHERE state = 'provisional'")
+            self._bases.incomplete = [row["id"] for row in provisional]
             self._keep(
                 finding
                 for finding in self._bases.check(deep=deep)

@@ -111,6 +111,7 @@ class ProvisionalImages:
         if entry.index is None or entry.format != "raw":
             return False
         identifier = entry.identifier
+        await self._fetcher.forget(identifier)  # another entry may have been tried before
         try:
             manifest = await read_index(entry, self._client, self._settings)
         except (NotVerified, NotFound, Refused, OriginFailed) as error:
@@ -129,6 +130,7 @@ class ProvisionalImages:
             self._record_landing, entry, manifest, missing_bytes, interest
         )
         self.look()
+        self._wake()
         return True
 
     def _note_unusable(self, identifier: str, reason: str) -> None:
@@ -160,7 +162,6 @@ class ProvisionalImages:
                 connection, "image.provisional", identifier,
                 f"Image {identifier} is served; each chunk is verified, the rest of it follows.",
             )  # fmt: skip
-        self._wake()
 
     # Completion.
 

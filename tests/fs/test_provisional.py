@@ -60,7 +60,7 @@ def _events(host: Host) -> list[str]:
 
 async def _until(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110 -- it is in a database
         await trio.sleep(0.01)
 
 

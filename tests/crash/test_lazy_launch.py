@@ -1,0 +1,159 @@
+"""Launches before the download ends, on a whole appliance: right bytes, one request for each chunk,
+and `kill -9` of everything in the middle.
+
+`make test` kills 2 times; `make crash` as often as LAZY_KILLS says.
+"""
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.appliance import Appliance
+from support.nginx import Nginx
+from support.publishing import Published, publish_image
+
+from stratocache.cache.chunks import CHUNK_BYTES
+
+MIB = 1024**2
+IMAGE_BYTES = 32 * MIB
+KILLS = int(os.environ.get("LAZY_KILLS", "2"))
+SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
+GUESTS = 16
+TIMEOUT_S = 90
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300 + 60 * KILLS)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the origin serves."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def nginx(tmp_path: Path, folder: Path) -> Iterator[Nginx]:
+    """A real web server, as slow as a distant one."""
+    with Nginx(tmp_path / "nginx", folder, limit_rate="4m") as server:
+        yield server
+
+
+@pytest.fixture
+def published(folder: Path, nginx: Nginx) -> Published:
+    """An image with an endorsed index, at a raw location."""
+    return publish_image(
+        folder, IMAGE_BYTES, locations=[f"{nginx.url}/image-1"], index_url=nginx.url
+    )
+
+
+def _appliance(tmp_path: Path, published: Published) -> Appliance:
+    return Appliance(
+        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint
+    )
+
+
+def _launch(appliance: Appliance, published: Published, instance: str) -> Path:
+    """Launch; return the file of the clone."""
+    body = {"reference": published.identifier, "instance": instance}
+    status, launch = appliance.request("POST", "/v1/launches?wait=60", body)
+    assert status == 201, launch
+    return appliance.run_dir / "blocks" / "disks" / str(launch["boot"]["disk_uuid"])
+
+
+def _image(appliance: Appliance, published: Published) -> dict[str, object]:
+    status, image = appliance.request("GET", f"/v1/images/{published.identifier}")
+    assert status == 200, image
+    found: dict[str, object] = image
+    return found
+
+
+def _wait_verified(appliance: Appliance, published: Published) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while _image(appliance, published)["state"] != "verified":
+        assert time.monotonic() < deadline, appliance.log.read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def _read(file: Path, content: bytes, seed: int) -> int:
+    """Read a whole disk in a random order; return how many pieces were not as they should be."""
+    wrong = 0
+    offsets = list(range(0, len(content), 256 * 1024))
+    random.Random(seed).shuffle(offsets)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        for offset in offsets:
+            piece = os.pread(descriptor, 256 * 1024, offset)
+            wrong += piece != content[offset : offset + 256 * 1024]
+    finally:
+        os.close(descriptor)
+    return wrong
+
+
+def test_sixteen_guests_of_one_uncached_image_cost_it_once(
+    tmp_path: Path, published: Published, nginx: Nginx
+) -> None:
+    """Sixteen disks are read while their image comes: all right, each chunk asked for once."""
+    content = published.image.read_bytes()
+    with _appliance(tmp_path, published) as appliance:
+        with ThreadPoolExecutor(GUESTS) as pool:
+            files = list(
+                pool.map(lambda number: _launch(appliance, published, f"vm{number}"), range(GUESTS))
+            )
+            assert _image(appliance, published)["state"] == "provisional"
+            assert sum(pool.map(_read, files, [content] * GUESTS, range(GUESTS))) == 0
+        _wait_verified(appliance, published)
+        shown = appliance.json("image", "show", published.identifier)
+        disk = appliance.json("disk", "show", files[0].name)
+
+    asked: Counter[int] = Counter()
+    for request in nginx.requests():
+        if request.path == "/image-1" and request.status == 206:
+            asked.update(range(request.start // CHUNK_BYTES, -(-request.end // CHUNK_BYTES)))
+    stored = nginx.chunk_requests()
+    assert set(asked.values()) <= {1} and set(stored.values()) <= {1}
+    zero = sum(
+        not any(content[start : start + CHUNK_BYTES])
+        for start in range(0, IMAGE_BYTES, CHUNK_BYTES)
+    )
+    assert len(asked) + len(stored) == IMAGE_BYTES // CHUNK_BYTES - zero
+    assert shown["remote_wait_s"] > 0 and shown["remote_bytes"] > 0
+    assert len(shown["disks"]) == GUESTS and shown["complete_in_s"] == 0
+    assert disk["fenced"] is False and disk["remote_wait_s"] > 0
+
+
+def test_kills_in_the_middle_cost_no_byte(tmp_path: Path, published: Published) -> None:
+    """After kill -9 of everything the launch stands, the image goes on where it was, and all that
+    the disk reads and has written is right."""
+    print(f"CRASH_SEED={SEED} LAZY_KILLS={KILLS}")
+    chance = random.Random(SEED)
+    content = bytearray(published.image.read_bytes())
+    appliance = _appliance(tmp_path, published)
+    with appliance:
+        file = _launch(appliance, published, "vm")
+        for _ in range(KILLS):
+            offset = chance.randrange(0, IMAGE_BYTES - 5000)
+            written = chance.randbytes(5000)
+            descriptor = os.open(file, os.O_RDWR)
+            os.pwrite(descriptor, written, offset)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            content[offset : offset + 5000] = written
+            time.sleep(chance.uniform(0, 1.0))
+            appliance.kill()
+            appliance.start()
+            descriptor = os.open(file, os.O_RDONLY)
+            at = chance.randrange(0, IMAGE_BYTES - MIB)
+            assert os.pread(descriptor, MIB, at) == content[at : at + MIB]
+            os.close(descriptor)
+        assert _read(file, bytes(content), SEED) == 0
+        _wait_verified(appliance, published)
+        image = appliance.run_dir / "blocks" / "images" / published.identifier
+        assert image.read_bytes() == published.image.read_bytes()
+        assert appliance.run("disk", "check").returncode == 0
+        assert os.listdir(appliance.state_dir / "stage") == []
