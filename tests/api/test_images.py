@@ -6,6 +6,7 @@ from support.api_daemon import (
     IMAGE_ID,
     Api,
     Requests,
+    insert_disk,
     insert_image,
     problem,
     standing_in,
@@ -76,3 +77,58 @@ def test_ordinary_users_may_not_delete_or_pin_images(api: Api, nobody: Requests)
 
     problem(nobody("DELETE", f"/v1/images/{IMAGE_ID}"), 403, "administrator-only")
     problem(nobody("PUT", f"/v1/images/{IMAGE_ID}/pin"), 403, "administrator-only")
+
+
+def test_an_image_is_shown_with_its_cost_and_its_disks(api: Api, root: Requests) -> None:
+    """GET of one image says what fetching moved, when it is complete, and what was made of it."""
+    insert_image(api.db)
+    uuid = insert_disk(api.db)
+    api.db.connection.execute("UPDATE disks SET base_image = ?", (IMAGE_ID,))
+    api.db.connection.execute("UPDATE images SET state = 'provisional', verified_at = NULL")
+    tag = root("GET", f"/v1/images/{IMAGE_ID}").headers["etag"]
+    api.db.connection.execute(
+        "INSERT INTO image_traffic VALUES (?, 1000, 1.5, 500, ?, 1048576, '')",
+        (IMAGE_ID, IMAGE_BYTES - 2 * 1048576),
+    )
+    api.db.connection.execute("INSERT INTO disk_traffic VALUES (1, 700, 0.25, '')")
+
+    answer = root("GET", f"/v1/images/{IMAGE_ID}")
+    disk = root("GET", f"/v1/disks/{uuid}").json
+
+    shown = answer.json
+    assert answer.headers["etag"] == tag
+    assert (shown["remote_bytes"], shown["remote_wait_s"], shown["dedup_bytes"]) == (1000, 1.5, 500)
+    assert (shown["local_bytes"], shown["complete_in_s"]) == (IMAGE_BYTES - 2 * 1048576, 2.0)
+    assert shown["disks"] == [{"uuid": uuid, "snapshots": []}]
+    assert (disk["remote_bytes"], disk["remote_wait_s"], disk["fenced"]) == (700, 0.25, False)
+
+
+def test_disks_of_a_rejected_image_are_fenced(api: Api, root: Requests) -> None:
+    """A disk that began as a rejected image cannot be attached: 403, and it is shown."""
+    insert_image(api.db)
+    uuid = insert_disk(api.db)
+    api.db.connection.execute("UPDATE disks SET base_image = ?", (IMAGE_ID,))
+    api.db.connection.execute("UPDATE images SET state = 'rejected'")
+
+    answer = root("POST", f"/v1/disks/{uuid}/attachments", {"instance": "vm"})
+
+    problem(answer, 403, "disk-fenced")
+    assert root("GET", f"/v1/disks/{uuid}").json["fenced"] is True
+    assert root("GET", "/v1/images").json["images"][0]["state"] == "rejected"
+
+
+def test_boot_sets_are_exported_and_imported(api: Api, root: Requests) -> None:
+    """PUT takes a boot set that fits the image, GET gives it back; anything else is refused."""
+    insert_image(api.db)
+    path = f"/v1/images/{IMAGE_ID}/bootset"
+    good = {"version": 1, "chunk_bytes": 524288, "size_bytes": IMAGE_BYTES, "indexes": [3, 0]}
+
+    problem(root("GET", path), 404, "bootset-unknown")
+    assert root("PUT", path, good).status_code == 204
+    assert root("GET", path).json == good
+    for bad in (
+        {**good, "version": 2}, {**good, "size_bytes": 1}, {**good, "indexes": [10**6]},
+        {**good, "indexes": [True]}, {**good, "indexes": "0"}, {**good, "indexes": [0] * 5000},
+    ):  # fmt: skip
+        problem(root("PUT", path, bad), 422, "bootset-invalid")
+    assert root("GET", path).json == good

@@ -21,9 +21,20 @@ from support.documents import (
     unsigned_document,
 )
 
-from stratocache.cache import constraints, credentials, document, publication, signature
+from stratocache.cache import (
+    acceptance,
+    constraints,
+    credentials,
+    document,
+    publication,
+    signature,
+)
+from stratocache.cache.chunks import CHUNK_BYTES
+from stratocache.cache.configuration import CatalogueSettings
+from stratocache.cache.entry import EndorsedIndex
 from stratocache.cache.errors import InvalidInput, NotVerified
 from stratocache.cache.identifier import encode
+from stratocache.cache.indexing import index_image
 from stratocache.cache.publication import Description, Measurement
 
 IMAGE = bytes(range(256)) * 5000
@@ -255,3 +266,108 @@ def test_unwritable(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
         publication.write(tmp_path / "folder", b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_index_is_endorsed_with_the_image(tmp_path: Path) -> None:
+    """The signed document carries the index, is valid, verifies, and its entry has it."""
+    image = tmp_path / "base.img"
+    image.write_bytes(b"\1" * (CHUNK_BYTES + 5))
+    made = index_image(image, image.parent)
+    measurement = publication.measure(image)
+    index = publication.endorsed_index("https://example.org/i.caibx", made.index, measurement)
+    description = Description(locations=("https://example.org/i",), index=index)
+
+    unsigned = publication.build_metadata(measurement, description, created=NOW)
+    signed = publication.endorse(unsigned, make_endorser().credentials, created=NOW)
+
+    settings = CatalogueSettings(
+        endpoint="https://example.org", trusted_fingerprints=(make_endorser().fingerprint,)
+    )
+    entry = acceptance.accept(
+        document.parse_one(signed), catalogue="c", settings=settings, source="", now=NOW
+    )
+    assert entry.index == EndorsedIndex(url="https://example.org/i.caibx", sha256=made.sha256)
+    changed = signed.replace(made.sha256.encode(), b"0" * 64)
+    with pytest.raises(NotVerified):
+        signature.verify(document.parse_one(changed), legacy_sha1="refuse")
+
+
+def test_the_index_of_another_image_is_not_endorsed(tmp_path: Path) -> None:
+    """Metadata is not written with an index of other bytes, nor with one of a qcow2 file."""
+    image = tmp_path / "base.img"
+    image.write_bytes(b"\1" * 5)
+    made = index_image(image, image.parent)
+    image.write_bytes(b"\1" * 6)
+
+    with pytest.raises(NotVerified) as caught:
+        publication.endorsed_index("https://e.org/i", made.index, publication.measure(image))
+    assert caught.value.code == "index-mismatch"
+    index = EndorsedIndex(url="https://e.org/i", sha256=made.sha256)
+    with pytest.raises(InvalidInput):
+        publication.build_metadata(
+            publication.measure(image), Description(format="qcow2", index=index), created=NOW
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_casync_reads_what_indexing_writes(tmp_path: Path, packed: bool) -> None:
+    """`casync extract` rebuilds an image, compressed or not, from its index and store."""
+    content = b"\1" * CHUNK_BYTES + bytes(3 * CHUNK_BYTES) + b"\2" * 70001
+    image = tmp_path / ("base.img.gz" if packed else "base.img")
+    image.write_bytes(gzip.compress(content) if packed else content)
+
+    made = index_image(image, tmp_path)
+    again = index_image(image, tmp_path)
+
+    subprocess.run(
+        ["casync", "extract", f"--store={made.store}", str(made.index), str(tmp_path / "out")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert (made.index.name, made.store.name) == ("base.img.caibx", "base.img.castr")
+    assert (tmp_path / "out").read_bytes() == content
+    assert (made.chunks, made.new_chunks, again.new_chunks) == (3, 3, 0)
+    assert again.sha256 == made.sha256
+
+
+@pytest.mark.parametrize(
+    ("url", "sha256", "right"),
+    [
+        ("https://example.org/i.caibx", "a" * 64, True),
+        ("file:///srv/i.caibx", "A" * 64, True),
+        ("ftp://example.org/i.caibx", "a" * 64, False),
+        ("https://example.org/i i", "a" * 64, False),
+        ("relative.caibx", "a" * 64, False),
+        ("https://example.org/i.caibx", "a" * 63, False),
+        ("https://example.org/i.caibx", "g" * 64, False),
+    ],
+)
+def test_the_index_of_a_document_is_checked(url: str, sha256: str, right: bool) -> None:
+    """An index element has one URL that can be fetched and one SHA-256, or is a fault."""
+    extra = (
+        '<sc:index xmlns:sc="http://stratocache.org/terms#" rdf:parseType="Resource">'
+        f"<sc:url>{url}</sc:url><sc:sha256>{sha256}</sc:sha256></sc:index>"
+    )
+    parsed = document.parse_one(unsigned_document(extra=extra))
+    if right:
+        metadata = constraints.check(parsed, allow_unendorsed=True)
+        assert metadata.index == EndorsedIndex(url=url, sha256=sha256.lower())
+    else:
+        with pytest.raises(NotVerified) as caught:
+            constraints.check(parsed, allow_unendorsed=True)
+        assert caught.value.code == "document-invalid"
+
+
+def test_a_remote_catalogue_cannot_send_us_to_local_files() -> None:
+    """An index at a file: URL is not used when its entry came over the network."""
+    extra = (
+        '<sc:index xmlns:sc="http://stratocache.org/terms#" rdf:parseType="Resource">'
+        f"<sc:url>file:///etc/shadow</sc:url><sc:sha256>{'a' * 64}</sc:sha256></sc:index>"
+    )
+    signed = signed_document(make_endorser(), unsigned_document(extra=extra))
+    parsed = document.parse_one(signed)
+    for endpoint, used in (("https://example.org", False), ("file:///srv/entries", True)):
+        settings = CatalogueSettings(
+            endpoint=endpoint, trusted_fingerprints=(make_endorser().fingerprint,)
+        )
+        entry = acceptance.accept(parsed, catalogue="c", settings=settings, source="", now=NOW)
+        assert (entry.index is not None) == used
