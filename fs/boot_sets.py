@@ -1,7 +1,7 @@
 """Learning what a boot reads: the first reads of an image after its first launch.
 
 From a launch on, until two minutes or 64 MiB have gone by, every chunk that is read of its image
-is noted, in order, and written to `bootsets/ID` once. An image that has a boot set, its own or one
+is noted, in order, and written to `bootsets/ID` every few seconds. An image that has a boot set, its own or one
 that came with it, learns nothing more.
 """
 
@@ -22,6 +22,7 @@ from stratocache.cache.location import beside_index, read_location
 log = logging.getLogger(__name__)
 
 _WINDOW_S = 120.0
+_WRITE_INTERVAL_S = 5.0
 _CHUNKS_MAX = 64 * 1024**2 // CHUNK_BYTES
 
 
@@ -96,17 +97,28 @@ class BootSets:
             reader.trace = recording.note
             try:
                 with trio.move_on_after(self._window_s):
-                    await recording.full.wait()
+                    while not recording.full.is_set():
+                        with trio.move_on_after(_WRITE_INTERVAL_S):
+                            await recording.full.wait()
+                        await self._write(image_id, recording, reader.size_bytes)
             finally:
                 reader.trace = None
-            if recording.indexes and not self.path(image_id).exists():
-                content = bootset.encode(list(recording.indexes), reader.size_bytes)
-                await trio.to_thread.run_sync(bootset.write, self.path(image_id), content)
+            await self._write(image_id, recording, reader.size_bytes)
         except (OSError, NotFound, NotVerified) as error:
             log.warning("the boot set of %s is not known: %s", image_id, error)
         finally:
             del self._recording[image_id]
             recording.ended.set()
+
+    async def _write(self, image_id: str, recording: "_Recording", size_bytes: int) -> None:
+        """Write what is new; a boot set that came from elsewhere meanwhile stays."""
+        path, count = self.path(image_id), len(recording.indexes)
+        if count == recording.written or (not recording.written and path.exists()):
+            return
+        content = bootset.encode(list(recording.indexes), size_bytes)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(bootset.write, path, content)
+        recording.written = count
 
 
 class _Recording:
@@ -114,6 +126,7 @@ class _Recording:
 
     def __init__(self) -> None:
         self.indexes: dict[int, None] = {}
+        self.written = 0
         self.full = trio.Event()
         self.ended = trio.Event()
         self.reader: ImageReader | None = None

@@ -17,13 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import images, iscsi, launches, listing, pool
+from bench import images, iscsi, launches, lazy, listing, pool
 from bench.result import Result
 
 SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
     "iscsi": iscsi.measure,
     "images": images.measure,
     "launches": launches.measure,
+    "lazy": lazy.measure,
     "listing": listing.measure,
     "pool": pool.measure,
 }

@@ -69,6 +69,25 @@ def publish_image(
         source = image.with_suffix(".gz")
         with image.open("rb") as raw, gzip.open(source, "wb", compresslevel=1) as packed:
             shutil.copyfileobj(raw, packed, _PIECE_BYTES)
+    return publish_file(
+        folder, image, source=source, compression=compression, image_format=image_format,
+        locations=locations, index_url=index_url,
+    )  # fmt: skip
+
+
+def publish_file(
+    folder: Path,
+    image: Path,
+    *,
+    source: Path | None = None,
+    compression: Compression = "none",
+    image_format: ImageFormat = "raw",
+    locations: Sequence[str] | None = None,
+    index_url: str | None = None,
+) -> Published:
+    """Publish a raw file, whose locations serve `source`, by an entry below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = source or image
     measurement = publication.measure(image)
     created = publication.now()
     description = Description(
