@@ -70,17 +70,7 @@ class DiskItem:
     def on_get(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """Show one disk, and what fetching cost it."""
         query.require_known(request)
-        db = self._service.db
-        disk = inventory.disk(db, answers.caller(request), uuid)
-        account = fetch_account.of_disk(db, disk)
-        view = DiskView.of(disk, inventory.attachments(db, disk_uuid=uuid))
-        details = DiskDetails(
-            **dict(view),
-            remote_bytes=account.remote_bytes,
-            remote_wait_s=account.remote_wait_s,
-            fenced=inventory.is_fenced(db, disk),
-        )
-        answers.show(response, details)
+        answers.show(response, _view(self._service, answers.caller(request), uuid))
 
     def on_patch(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """Change tag, visibility or owner, and grow: 202 when that takes longer than `?wait=`."""
@@ -156,8 +146,7 @@ class DiskRestoration:
         """Take a disk out of quarantine for good: 200 and the disk."""
         query.require_known(request)
         disk = disk_intents.restore_disk(self._service.db, answers.caller(request), uuid)
-        held = inventory.attachments(self._service.db, disk_uuid=uuid)
-        answers.show(response, DiskView.of(disk, held))
+        answers.show(response, _details(self._service.db, disk))
 
 
 def _create(db: Database, caller: Caller, disk: DiskRequest, wanted: DiskCreation) -> Operation:
@@ -171,6 +160,15 @@ def _create(db: Database, caller: Caller, disk: DiskRequest, wanted: DiskCreatio
     return disk_intents.create_disk(db, caller, disk)
 
 
-def _view(service: Service, caller: Caller, uuid: str) -> DiskView:
-    disk = inventory.disk(service.db, caller, uuid)
-    return DiskView.of(disk, inventory.attachments(service.db, disk_uuid=uuid))
+def _view(service: Service, caller: Caller, uuid: str) -> DiskDetails:
+    return _details(service.db, inventory.disk(service.db, caller, uuid))
+
+
+def _details(db: Database, disk: Disk) -> DiskDetails:
+    account = fetch_account.of_disk(db, disk)
+    return DiskDetails(
+        **dict(DiskView.of(disk, inventory.attachments(db, disk_uuid=disk.uuid))),
+        remote_bytes=account.remote_bytes,
+        remote_wait_s=account.remote_wait_s,
+        fenced=inventory.is_fenced(db, disk),
+    )

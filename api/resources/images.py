@@ -11,6 +11,8 @@ from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
 from stratocache.fs import fetch_account, intents, inventory
+from stratocache.fs.records import Image
+from stratocache.fs.state import Database
 
 
 class ImageCollection:
@@ -49,7 +51,8 @@ class ImageCollection:
         if operation.result is None or "image" not in operation.result:
             raise Internal("internal", f"Operation {operation.id} names no image.")
         image = inventory.image(self._service.db, operation.result["image"])
-        answers.show(response, ImageView.of(image), created_at=f"/v1/images/{image.id}")
+        address = f"/v1/images/{image.id}"
+        answers.show(response, _details(self._service.db, image), created_at=address)
 
 
 class ImageItem:
@@ -61,14 +64,8 @@ class ImageItem:
     def on_get(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Show one image, what it cost to fetch, and what was made of it."""
         query.require_known(request)
-        db = self._service.db
-        image = inventory.image(db, image_id)
-        disks, snapshots = (
-            inventory.disks_of_image(db, image_id),
-            inventory.snapshots_of_image(db, image_id),
-        )
-        account = fetch_account.of_image(db, image)
-        answers.show(response, ImageDetails.with_account(image, account, disks, snapshots))
+        image = inventory.image(self._service.db, image_id)
+        answers.show(response, _details(self._service.db, image))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Delete an image that nothing uses: 204, or 202 when that takes longer than `?wait=`."""
@@ -137,4 +134,11 @@ class ImagePin:
         db = self._service.db
         answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
         image = intents.set_pin(db, answers.caller(request), image_id, pinned)
-        answers.show(response, ImageView.of(image))
+        answers.show(response, _details(db, image))
+
+
+def _details(db: Database, image: Image) -> ImageDetails:
+    disks = inventory.disks_of_image(db, image.id)
+    snapshots = inventory.snapshots_of_image(db, image.id)
+    account = fetch_account.of_image(db, image)
+    return ImageDetails.with_account(image, account, disks, snapshots)

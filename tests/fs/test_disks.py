@@ -250,6 +250,22 @@ def test_reflinked_clone_shares_the_chunks_extents(
 
 
 @pytest.mark.root
+def test_clone_of_an_incomplete_image_is_an_overlay(
+    xfs_state: Path, tmp_path: Path, import_image: Importer
+) -> None:
+    """Where extents can be shared, a clone of what is not all here needs no chunk to be made."""
+    reader = import_image(xfs_state, image_content(3 * CHUNK_BYTES))
+    store = DiskStore(xfs_state, tmp_path / "run")
+    chunk = reader.chunk_path(0)
+    assert chunk is not None
+    chunk.unlink()
+
+    uuid = new_uuid()
+
+    assert store.create_clone(uuid, reader.size_bytes, reader, IMAGE, complete=False) == "overlay"
+    assert store.form(uuid) == "overlay"
+
+
 def test_raw_snapshots_share_extents_and_are_independent(xfs_state: Path, tmp_path: Path) -> None:
     """Snapshots take no space, survive one another, and can be cloned and gone back to."""
     store = DiskStore(xfs_state, tmp_path / "run")
