@@ -37,10 +37,19 @@ _FIRST_REST_S = 2.0
 """For how long an origin that served something wrong is left alone; doubled each time …"""
 _REST_MAX_S = 300.0
 """… up to this."""
-_QUIET_S = 1.0
-"""The background waits until guests have not asked for anything for so long …"""
-_YIELD_MAX_S = 60.0
-"""… but never longer than this."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the background leaves the link to guests."""
+
+    quiet_s: float = 5
+    """Without a request of theirs, before it goes on: a boot computes between its reads."""
+    expect_s: float = 15
+    """After a launch: that guest's first read is still to come."""
+    longest_s: float = 120
+    """At a time, whatever guests do."""
+
 
 EntryOf = Callable[[str], Entry | None]
 """Returns the entry of an image that may be read, None for another name; called in threads."""
@@ -111,6 +120,7 @@ class ChunkFetcher:
         *,
         refetch: Refetch | None = None,
         backoff: Backoff | None = None,
+        patience: Patience | None = None,
     ) -> None:
         settings = configuration.fetch
         self.timeout_s = settings.demand_timeout_s
@@ -133,8 +143,9 @@ class ChunkFetcher:
         self._hosts: dict[str, _Host] = {}
         self._health: defaultdict[str, _Health] = defaultdict(_Health)
         self._refetching: dict[str, trio.Event] = {}
+        self._patience = patience or Patience()
         self._asking = 0
-        self._asked_at = 0.0
+        self._quiet_at = 0.0
         # Apart from trio's own: threads that wait for chunks must not keep chunks from landing.
         self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
 
@@ -188,7 +199,7 @@ class ChunkFetcher:
                         raise flight.error
         finally:
             self._asking -= 1
-            self._asked_at = trio.current_time()
+            self._quiet_at = max(self._quiet_at, trio.current_time() + self._patience.quiet_s)
         raise OriginFailed(
             "chunk-unreachable",
             f"Chunk {digest.hex()} did not come within {self.timeout_s:g} s; check the origins.",
@@ -308,14 +319,18 @@ class ChunkFetcher:
         for flight in others:
             await flight.landed.wait()
 
+    def expect_reads(self) -> None:
+        """Leave the link to a guest that is about to boot."""
+        self._quiet_at = max(self._quiet_at, trio.current_time() + self._patience.expect_s)
+
     async def quiet(self) -> None:
-        """Return when no guest waits for a chunk, nor did just now; at the latest after a minute."""
-        with trio.move_on_after(_YIELD_MAX_S):
+        """Return when guests leave the link to the background; see `Patience`."""
+        with trio.move_on_after(self._patience.longest_s):
             while True:
-                until = self._asked_at + _QUIET_S
-                if self._asking == 0 and trio.current_time() >= until:
+                if self._asking == 0 and trio.current_time() >= self._quiet_at:
                     return
-                await trio.sleep(_QUIET_S if self._asking else until - trio.current_time())
+                pause_s = self._quiet_at - trio.current_time()
+                await trio.sleep(self._patience.quiet_s if self._asking else pause_s)
 
     async def missing(self, image_id: str) -> list[int]:
         """Return the chunks of an image that are not in the store, in order."""

@@ -213,8 +213,8 @@ class Acquisition:
             )
 
     def note_launch(self, image: Image) -> None:
-        """Learn what the first boot of an image reads, from now on."""
-        self._provisional.boot_sets.learn(image.id)
+        """Learn what the first boot of an image reads from now on, and let it read undisturbed."""
+        self._provisional.note_launch(image)
 
     def statistics(self) -> dict[str, int]:
         """Return how many wait for each image that is in flight."""

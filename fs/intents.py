@@ -58,6 +58,8 @@ def request_image_deletion(db: Database, caller: Caller, image_id: str) -> Opera
         if image.pinned:
             raise Conflict("image-pinned", f"Image {image_id} is pinned; unpin it first.")
         _refuse_used_image(db, image_id)
+        if image.state == "provisional":
+            _refuse_needed_image(db, image_id)
         connection.execute("UPDATE images SET state = 'deleting' WHERE id = ?", (image_id,))
         return add_operation(connection, caller, "delete-image", image_id, {})
 
@@ -69,6 +71,15 @@ def _refuse_used_image(db: Database, image_id: str) -> None:
     held = db.row("SELECT instance FROM attachments WHERE image_id = ?", image_id)
     if held is not None:
         raise Conflict("image-in-use", f"Image {image_id} is attached to {held['instance']}.")
+
+
+def _refuse_needed_image(db: Database, image_id: str) -> None:
+    """Raise while any disk began as an incomplete image: a snapshot of it may lack chunks, which
+    only this image's entry says where to get."""
+    for uuid in inventory.disks_of_image(db, image_id):
+        raise Conflict(
+            "image-in-use", f"Image {image_id} is not complete, and disk {uuid} began as it."
+        )
 
 
 def set_pin(db: Database, caller: Caller, image_id: str, pinned: bool) -> Image:

@@ -173,6 +173,12 @@ class ProvisionalImages:
                 self._tasks[image.id] = _Task()
                 self._nursery.start_soon(self._run, image, self._tasks[image.id])
 
+    def note_launch(self, image: Image) -> None:
+        """Learn what the first boot of an image reads from now on, and let it read undisturbed."""
+        self.boot_sets.learn(image.id)
+        if image.state == "provisional":
+            self._fetcher.expect_reads()
+
     async def wait(self, image_id: str, report: Report) -> None:
         """Return when the completion of a provisional image, or one attempt at it, has ended.
 

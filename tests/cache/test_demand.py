@@ -13,6 +13,7 @@ import trio
 import trio.testing
 import zstandard
 from support.lazy import LazyHost, entry_of, index_of, manifest_of, some_image
+from support.nginx import Nginx
 from support.origins import Fault, OriginServer, Resource
 
 from stratocache.cache.chunks import CHUNK_BYTES
@@ -396,6 +397,10 @@ def test_the_background_waits_for_guests(host: LazyHost, origin: OriginServer) -
             assert held.hold is not None
             held.hold.set()
         await fetcher.quiet()
+        fetcher.expect_reads()
+        with trio.move_on_after(0.3) as expecting:
+            await fetcher.quiet()
+        assert expecting.cancelled_caught
 
     host.run(script)
 
@@ -414,6 +419,46 @@ def test_traffic_is_counted_for_image_and_reader(host: LazyHost, origin: OriginS
         assert of_image.wait_s == of_disk.wait_s > 0
 
     host.run(script)
+
+
+def test_nginx_serves_ranges(host: LazyHost, tmp_path: Path) -> None:
+    """A real web server gives every chunk once, in ranges."""
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "image").write_bytes(IMAGE)
+    with Nginx(tmp_path / "nginx", tmp_path / "www") as nginx:
+        identifier = host.add(IMAGE, entry_of(IMAGE, f"{nginx.url}/image"))
+
+        async def script(fetcher: ChunkFetcher) -> None:
+            await fetcher.fetch(identifier, 6)
+            completion = Completion(fetcher, host.images, attempts=2)
+            await completion.complete(host.entries[identifier], [], lambda *_: None)
+
+        host.run(script)
+        asked = nginx.requests()
+
+    assert {request.status for request in asked} == {206}
+    stored = len(IMAGE) - 2 * CHUNK_BYTES
+    assert sum(request.end - request.start for request in asked) == stored
+    assert host.images.reader(identifier).read_blocking(0, len(IMAGE)) == IMAGE
+
+
+def test_nginx_without_ranges_gives_no_single_chunk(state_dir: Path, tmp_path: Path) -> None:
+    """From a server that answers 200 to a range nothing is taken, and little is moved."""
+    host = LazyHost(state_dir, demand_timeout_s=1.0)
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "image").write_bytes(IMAGE)
+    with Nginx(tmp_path / "nginx", tmp_path / "www", limit_rate="256k", ranges=False) as nginx:
+        identifier = host.add(IMAGE, entry_of(IMAGE, f"{nginx.url}/image"))
+
+        async def script(fetcher: ChunkFetcher) -> None:
+            with pytest.raises(OriginFailed):
+                await fetcher.fetch(identifier, 6)
+
+        host.run(script)
+        host.close()
+
+    assert {request.status for request in nginx.requests()} == {200}
+    assert nginx.sent_bytes() < len(IMAGE)
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])

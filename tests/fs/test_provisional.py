@@ -15,7 +15,7 @@ from support.operation_host import IDENTIFIER, IMAGE, ROOT_CALLER, Host, operati
 from support.origins import Fault
 
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.cache.errors import NotVerified, Refused
+from stratocache.cache.errors import Conflict, NotVerified, Refused
 from stratocache.fs import fetch_account, intents, inventory
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import LaunchRequest, Operation
@@ -254,6 +254,24 @@ def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
         assert host.resource.blocked is not None
         host.resource.blocked.set()
         await _state(host, "verified")
+
+    host.run(script)
+
+
+def test_an_incomplete_image_that_a_disk_began_as_stays(host: Host) -> None:
+    """It cannot be deleted, even when the disk reads a snapshot: that may lack chunks too."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 1
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        host.db.connection.execute("UPDATE disks SET base_manifest = 'a-snapshot'")
+        with pytest.raises(Conflict) as caught:
+            intents.request_image_deletion(host.db, ROOT_CALLER, IDENTIFIER)
+        assert caught.value.code == "image-in-use"
+        assert host.resource.blocked is not None
+        host.resource.blocked.set()
 
     host.run(script)
 

@@ -10,7 +10,7 @@ import trio
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
 from stratocache.cache.configuration import Configuration, FetchSettings, SpaceSettings
-from stratocache.cache.demand import ChunkFetcher
+from stratocache.cache.demand import ChunkFetcher, Patience
 from stratocache.cache.entry import EndorsedIndex, Endorser, Entry
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
@@ -101,7 +101,7 @@ class LazyHost:
             async with httpx.AsyncClient(trust_env=False) as client, trio.open_nursery() as nursery:
                 fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, self.entries.get,
-                    backoff=Backoff(base_s=0.01, limit_s=0.1),
+                    backoff=Backoff(base_s=0.01, limit_s=0.1), patience=Patience(quiet_s=0.5),
                 )  # fmt: skip
                 self.images.set_supplier(fetcher)
                 with trio.fail_after(90):

@@ -19,7 +19,7 @@ from stratocache.cache.configuration import (
     FetchSettings,
     SpaceSettings,
 )
-from stratocache.cache.demand import ChunkFetcher
+from stratocache.cache.demand import ChunkFetcher, Patience
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
@@ -72,6 +72,7 @@ class Host:
                 chunk_fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, entry_finder(self.db),
                     backoff=Backoff(base_s=0.01, limit_s=0.1),
+                    patience=Patience(quiet_s=0.1, expect_s=0.1),
                 )  # fmt: skip
                 self.images.set_supplier(chunk_fetcher)
                 self.record = TrafficRecord(self.db, chunk_fetcher.traffic)
