@@ -437,10 +437,13 @@ class ChunkFetcher:
         """Return where a chunk is found, images that serve single chunks first."""
         found = []
         for identifier in await trio.to_thread.run_sync(self._images.identifiers):
-            image = await self._image(identifier)
+            # looked at, not kept: there may be many, and each manifest is large
+            image = self._known.get(identifier) or await trio.to_thread.run_sync(
+                self._load, identifier
+            )
             index = -1 if image is None else _find(image.manifest, digest)
             if image is not None and index >= 0:
-                found.append((image, index))
+                found.append((self._known.setdefault(identifier, image), index))
         return sorted(found, key=lambda place: not place[0].origins)
 
     async def _missing(self, image: _Image, indexes: Sequence[int]) -> list[int]:

@@ -4,8 +4,10 @@ and `kill -9` of everything in the middle.
 `make test` kills 2 times; `make crash` as often as LAZY_KILLS says.
 """
 
+import contextlib
 import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -125,6 +127,22 @@ def test_sixteen_guests_of_one_uncached_image_cost_it_once(
     assert shown["remote_wait_s"] > 0 and shown["remote_bytes"] > 0
     assert len(shown["disks"]) == GUESTS and shown["complete_in_s"] == 0
     assert disk["fenced"] is False and disk["remote_wait_s"] > 0
+
+
+def test_readers_do_not_notice_a_killed_blockd(tmp_path: Path, published: Published) -> None:
+    """While guests read what is not here, kill -9 of blockd costs them time: no error, no byte."""
+    content = published.image.read_bytes()
+    with _appliance(tmp_path, published) as appliance:
+        file = _launch(appliance, published, "vm")
+        with ThreadPoolExecutor(4) as pool:
+            readers = [pool.submit(_read, file, content, seed) for seed in range(4)]
+            for _ in range(KILLS):
+                time.sleep(random.Random(SEED).uniform(0.3, 1.5))
+                for pid in appliance.pids("stratocache.fs.blockd"):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            assert [reader.result(TIMEOUT_S) for reader in readers] == [0] * 4
+        _wait_verified(appliance, published)
 
 
 def test_kills_in_the_middle_cost_no_byte(tmp_path: Path, published: Published) -> None:
