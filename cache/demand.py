@@ -37,6 +37,8 @@ _FIRST_REST_S = 2.0
 """For how long an origin that served something wrong is left alone; doubled each time …"""
 _REST_MAX_S = 300.0
 """… up to this."""
+_TRIES = 4
+"""How often one that rests is asked all the same while somebody waits for what only it has."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +234,16 @@ class ChunkFetcher:
             now = trio.current_time()
             left = [choice for choice in choices if choice[0].location not in lacking]
             ready = [choice for choice in left if self._rests_until(choice[0]) <= now]
+            if not left:
+                break
+            chosen = ready[0] if ready else min(left, key=lambda one: self._rests_until(one[0]))
             if not ready:
-                again = min((self._rests_until(origin) for origin, _, _ in left), default=deadline)
-                if not left or again >= deadline:
+                # somebody waits: an origin that should rest for longer is better than none
+                again = min(self._rests_until(chosen[0]), now + self.timeout_s / _TRIES)
+                if again >= deadline:
                     break
                 await trio.sleep_until(again)
-                continue
-            origin, image, wanted = ready[0]
+            origin, image, wanted = chosen
             async with self._host(origin).demand:
                 failure = await self._read(origin, image, [wanted], {wanted.digest: flight})
             if failure is not None:

@@ -214,6 +214,25 @@ def test_a_dead_origin_costs_one_read_its_time_out(state_dir: Path, origin: Orig
     assert errors == ["chunk-unreachable"] * 8
 
 
+def test_a_reader_that_waits_gets_the_only_origin_asked_again(
+    host: LazyHost, origin: OriginServer
+) -> None:
+    """An origin that rests for minutes is asked all the same when a guest needs what it has."""
+    resource = Resource(IMAGE, faults=deque([Fault(status=404)] * 3))
+    identifier = host.add(IMAGE, entry_of(IMAGE, origin.add("/image", resource)))
+
+    async def script(fetcher: ChunkFetcher) -> None:
+        for _ in range(2):
+            await fetcher.bring(identifier, [0])
+            fetcher._health[f"{origin.url}/image"].rests_until = 0.0
+        fetcher._health[f"{origin.url}/image"].rests_until = trio.current_time() + 300
+        await fetcher.fetch(identifier, 0)
+
+    host.run(script)
+
+    assert [request.status for request in origin.log] == [404, 404, 404, 206]
+
+
 def test_a_read_given_up_leaves_the_others_their_chunk(
     host: LazyHost, origin: OriginServer
 ) -> None:
