@@ -92,17 +92,7 @@ class Database:
         with suppress(FileExistsError):
             os.mknod(self.path, stat.S_IFREG | 0o600)
         with self._lock_file(), closing(self._open()) as connection:
-            version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(MIGRATIONS):
-                raise Internal(
-                    "state-too-new",
-                    f"{self.path} was written by a newer Stratocache (schema {version}, this one "
-                    f"knows {len(MIGRATIONS)}); install that version again.",
-                )
-            for number in range(version, len(MIGRATIONS)):
-                connection.executescript(
-                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
-                )
+            apply_migrations(connection, self.path)
             with self._lock:
                 self._opened.remove(connection)
 
@@ -122,6 +112,24 @@ class Database:
         for connection in opened:
             connection.close()
         self._local = threading.local()
+
+
+def apply_migrations(connection: sqlite3.Connection, path: Path) -> None:
+    """Apply what a database lacks; `path` names it for people.
+
+    Raises `Internal` (`state-too-new`) for one that newer code has written, and `sqlite3.Error`.
+    """
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise Internal(
+            "state-too-new",
+            f"{path} was written by a newer Stratocache (schema {version}, this one knows "
+            f"{len(MIGRATIONS)}); install that version again.",
+        )
+    for number in range(version, len(MIGRATIONS)):
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+        )
 
 
 def now() -> str:
