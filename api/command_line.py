@@ -20,6 +20,7 @@ from stratocache.cache.errors import Cancelled, Internal, InvalidInput, Stratoca
 
 _COMMANDS = {
     "serve": ("stratocache.api.serve_command", "Run the daemon."),
+    "upgrade": ("stratocache.api.upgrade_command", "Let the daemon go on with this code."),
     "doctor": ("stratocache.api.doctor_command", "Check this host and say how to mend it."),
     "launch": ("stratocache.api.launch_commands", "Prepare a reference's disks for a VM."),
     "halt": ("stratocache.api.launch_commands", "End a launch: detach everything."),

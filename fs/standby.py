@@ -15,21 +15,13 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from stratocache.fs.processes import Child, Launch
 
 _PR_SET_NAME = 15
 _IMPORTED, _SERVING, _GO = b"I", b"R", b"G"
 _REPORTS_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Pipes:
-    """Our ends of the pipes to one process."""
-
-    reports: int
-    go: int
+REPORTS_LINK, _GO_LINK = "reports", "go"
 
 
 class Standby:
@@ -42,17 +34,15 @@ class Standby:
         self.active = active
         self.spare = spare
         self._module = list(module)
-        self._pipes: dict[Child, _Pipes] = {}
 
     def start_active(self, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
         """Let the spare become the program, else start one; raises `OSError`."""
         if self.spare.running and not self.spare.wait(0):
             self.active.take_over(self.spare)
-            self._pipes[self.active] = self._pipes.pop(self.spare)
         else:
             self._start(self.active, arguments, descriptors)
         with suppress(BrokenPipeError):  # dead already; the loop will see that
-            os.write(self._pipes[self.active].go, _GO)
+            os.write(self.active.links[_GO_LINK], _GO)
 
     def start_spare(self, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
         """Start the process that waits; raises `OSError`."""
@@ -66,8 +56,9 @@ class Standby:
             sys.executable, "-m", "stratocache.fs.standby", "--go-fd", str(waits), *ready_fd,
             *self._module, *arguments, *ready_fd,
         ]  # fmt: skip
+        launch = Launch(command, descriptors=(*descriptors, ready, waits))
         try:
-            child.start(Launch(command, descriptors=(*descriptors, ready, waits)))
+            child.start(launch, {REPORTS_LINK: reports, _GO_LINK: go})
         except BaseException:
             os.close(reports)
             os.close(go)
@@ -75,23 +66,19 @@ class Standby:
         finally:
             os.close(ready)
             os.close(waits)
-        os.set_blocking(reports, False)
-        self._pipes[child] = _Pipes(reports, go)
 
     def is_ready(self, child: Child) -> bool:
         """Whether the active one said meanwhile that it serves, or the spare that it waits."""
-        try:
-            said = os.read(self._pipes[child].reports, _REPORTS_BYTES)
-        except BlockingIOError:
-            return False
-        return (_SERVING if child is self.active else _IMPORTED) in said
+        return (_SERVING if child is self.active else _IMPORTED) in reports(child)
 
-    def forget(self, child: Child) -> None:
-        """Close what connected us to a process that has ended."""
-        pipes = self._pipes.pop(child, None)
-        if pipes is not None:
-            os.close(pipes.reports)
-            os.close(pipes.go)
+
+def reports(child: Child) -> bytes:
+    """Return what a child wrote to its `--ready-fd` since we last looked."""
+    os.set_blocking(child.links[REPORTS_LINK], False)
+    try:
+        return os.read(child.links[REPORTS_LINK], _REPORTS_BYTES)
+    except BlockingIOError:
+        return b""
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import argparse
 import errno
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -143,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--export", action="store_true")
     given = parser.parse_args(arguments)
     configuration = Configuration.model_validate_json(given.config_json.read_bytes())
+    if (configuration.state_dir / "broken").exists():
+        sys.exit(3)
     trio.run(_serve, configuration, given.fuse_fd, given.ready_fd, given.export)
 
 
