@@ -4,7 +4,8 @@
 
 Python's start and imports are most of what a guest waits for when `blockd` dies, so they are done
 ahead of need. The supervisor's side is `Standby`; the program is the other side: it imports MODULE,
-says so, and becomes it (`MODULE.main()`) when told. Every `blockd` starts this way, the first too.
+and what MODULE can do without at first (`MODULE.prepare()`) unless it is told to go already, says
+so, and becomes it (`MODULE.main()`) when told. Every `blockd` starts this way, the first too.
 Standard library only.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import ctypes
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +29,7 @@ REPORTS_LINK, _GO_LINK = "reports", "go"
 class Standby:
     """Starts `active` at once from `spare`, when there is one, and `spare` ahead of need.
 
-    `module` has a `main()` that reads `sys.argv` and writes `R` to `--ready-fd` when it serves.
+    `module` has a `prepare()`, and a `main()` that reads `sys.argv` and writes `R` to `--ready-fd` when it serves.
     """
 
     def __init__(self, active: Child, spare: Child, module: Sequence[str]) -> None:
@@ -91,6 +93,8 @@ def main() -> None:
     given = parser.parse_args()
     _set_name("standby")
     program = importlib.import_module(given.module)
+    if not _is_told(given.go_fd):
+        program.prepare()
     os.write(given.ready_fd, _IMPORTED)
     if os.read(given.go_fd, len(_GO)) != _GO:
         return  # nobody needs it any more
@@ -98,6 +102,12 @@ def main() -> None:
     _set_name(given.module.rpartition(".")[2])
     sys.argv = [given.module, *given.arguments]
     program.main()
+
+
+def _is_told(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _set_name(name: str) -> None:

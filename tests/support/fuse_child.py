@@ -135,6 +135,10 @@ async def _serve(
                 nursery.start_soon(_keep_export, target, daemon, listener)
 
 
+def prepare() -> None:
+    """Nothing more has to be imported."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until killed or unmounted."""
     parser = argparse.ArgumentParser()
