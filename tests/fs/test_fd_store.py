@@ -5,13 +5,15 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.fuse_child import STALLED_AT
 from support.iscsi import BusyGuest, Guest
 from support.service_manager import ServiceManager
-from support.supervised import Supervised, initiator, wait_for_end
+from support.supervised import START_TIMEOUT_S, Supervised, initiator, wait_for_end
 
 pytestmark = pytest.mark.root
 
@@ -84,6 +86,43 @@ def test_killed_supervisor_is_a_pause(appliance: Supervised) -> None:
     assert int(output.split()[-1]) > ROUNDS
     assert appliance.log.read_text().count(KEPT) == ROUNDS
     assert appliance.mounts() == 1
+
+
+def test_new_tgtd_waits_for_the_end_of_the_old(appliance: Supervised) -> None:
+    """A tgtd that was killed while it waited for an answer ends when the next blockd has given it;
+    only then the next tgtd starts, and the guest's read succeeds."""
+    stalls = appliance.state_dir / "stalls"
+    with subprocess.Popen(
+        ["qemu-io", "-r", "-t", "none", "-c", f"read {STALLED_AT} 4k",
+         "--image-opts", initiator(appliance).image_options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as reader:  # fmt: skip
+        try:
+            _wait(lambda: stalls.stat().st_size == 1)
+            tgtd = appliance.child("tgtd")
+            assert appliance.process is not None
+            appliance.process.kill()
+            appliance.wait()
+            appliance.begin()
+            _wait(lambda: stalls.stat().st_size == 2)  # sent again
+            assert Path(f"/proc/{tgtd}").exists()
+            status = appliance.status()
+            assert status is not None
+            assert status.children["tgtd"].pid == 0
+
+            (appliance.state_dir / "answered").touch()
+            wait_for_end(tgtd)
+            output, _ = reader.communicate(timeout=60)
+            assert "read 4096/4096" in output
+        finally:
+            reader.kill()
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_clients_of_the_api_wait(appliance: Supervised) -> None:
