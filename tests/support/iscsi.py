@@ -178,7 +178,8 @@ class BusyGuest:
     def _work(self) -> None:
         try:
             while not self._ended.is_set():
-                self.longest_s = max(self.longest_s, self._guest.round())
+                waited_s = self._guest.round()
+                self.longest_s = max(self.longest_s, waited_s)  # may have been reset meanwhile
                 self.rounds += 1
         except (AssertionError, OSError) as error:
             self._error = error
