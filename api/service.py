@@ -29,6 +29,10 @@ class Service:
             max(1, configuration.api.threads - _RESERVED_THREADS)
         )
 
+    def wake(self) -> None:
+        """Tell `blockd` that something is to be looked at sooner than it thinks."""
+        poke(self.configuration.poke_socket)
+
     def start(self, operation: Operation, wait_s: float) -> Operation:
         """Tell `blockd` of a new operation and wait for its end, `wait_s` seconds at most."""
         if not operation.finished:

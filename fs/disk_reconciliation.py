@@ -10,6 +10,7 @@ from stratocache.cache.errors import Cancelled, Internal, StratocacheError
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory, records, space_plan
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.disk_presence import DiskPresence
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.intents import stop_work
@@ -58,6 +59,7 @@ class DiskReconciliation:
         self._blocks = blocks
         self._manifests = manifests
         self._work = work
+        self._presence = DiskPresence(db, disks)
 
     def adopt(self) -> None:
         """At start, let the rows say which form the files of disks have: a crash may have come
@@ -77,9 +79,7 @@ class DiskReconciliation:
             except (StratocacheError, OSError):
                 log.exception("the files of disk %s cannot be looked at", disk.uuid)
                 continue
-            if form is None:
-                log.error("the files of disk %s are missing", disk.uuid)
-            elif form != disk.form:
+            if self._presence.look(disk) is None and form is not None and form != disk.form:
                 self._record_form(disk, form)
 
     def _record_form(self, disk: Disk, form: DiskForm) -> None:

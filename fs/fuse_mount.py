@@ -113,7 +113,7 @@ def unmount_stale(mount_point: Path) -> int:
 
     Returns their number. Raises `Conflict` (`mount-point-busy`) when something else is mounted.
     """
-    mounted = _mounted_at(mount_point)
+    mounted = mounted_at(mount_point)
     for fstype in reversed(mounted):
         if not fstype.startswith("fuse"):
             raise Conflict(
@@ -145,7 +145,7 @@ def _mount(descriptor: int, mount_point: Path) -> None:
         raise OSError(number, os.strerror(number), os.fspath(mount_point))
 
 
-def _mounted_at(mount_point: Path) -> list[str]:
+def mounted_at(mount_point: Path) -> list[str]:
     """Return the types of the mounts at a path, the topmost last; does not look at the path."""
     wanted = os.fspath(mount_point)
     found = []

@@ -255,12 +255,18 @@ def _attacher(
 ) -> Callable[..., str]:
     position = 0
 
-    def attach(role: str, access: records.Access, **what: str) -> str:
+    def attach(
+        role: str,
+        access: records.Access,
+        *,
+        disk_uuid: str | None = None,
+        image_id: str | None = None,
+    ) -> str:
         nonlocal position
         position += 1
         return intents.insert_attachment(
-            connection, owner, request.instance, role, access,
-            initiator=request.initiator, position=position - 1, **what,
+            connection, owner, request.instance, role, access, disk_uuid=disk_uuid,
+            image_id=image_id, initiator=request.initiator, position=position - 1,
         )  # fmt: skip
 
     return attach

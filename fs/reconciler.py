@@ -7,6 +7,8 @@ anywhere is repaired by the next pass. Passes never overlap.
 
 import logging
 import sqlite3
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import cast
 
@@ -21,11 +23,12 @@ from stratocache.fs.disk_changes import DiskChanges
 from stratocache.fs.disk_reconciliation import DiskReconciliation
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.leases import Leases, utc_now
 from stratocache.fs.manifests import Manifests
 from stratocache.fs.operations import fail, finish
 from stratocache.fs.partition import mounted_images
 from stratocache.fs.records import Launch
-from stratocache.fs.state import Database, record_event
+from stratocache.fs.state import Database, later, record_event
 from stratocache.fs.target import TargetDaemon
 from stratocache.fs.target_reconciliation import TargetReconciliation
 
@@ -44,11 +47,13 @@ class Reconciler:
         targets: TargetDaemon,
         blocks: Blocks,
         work: DiskWork,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._configuration = configuration
         self._db = db
         self._blocks = blocks
         self.manifests = Manifests(db, images, disks)
+        self.leases = Leases(db, clock)
         self.targets = TargetReconciliation(configuration, db, disks, targets)
         self.exclusive = trio.Lock()
         """Held during a pass: whoever holds it may exchange the files of disks."""
@@ -64,6 +69,8 @@ class Reconciler:
     async def reconcile(self) -> bool:
         """Run one pass; return whether something is still to be done."""
         async with self.exclusive:
+            if self.leases.remaining_s() == 0:
+                await trio.to_thread.run_sync(self.leases.expire)
             await self._disks.create()
             settled = await self._changes.apply()
             settled &= await self.targets.reconcile()
@@ -119,8 +126,9 @@ class Reconciler:
         items = inventory.attachments(self._db, instance=launch.instance)
         if launch.state == "preparing" and all(item.state == "ready" for item in items):
             connection.execute(
-                "UPDATE launches SET state = 'active' WHERE instance = ? AND state = 'preparing'",
-                (launch.instance,),
+                "UPDATE launches SET state = 'active', lease_expires_at = ? "
+                "WHERE instance = ? AND state = 'preparing'",
+                (None if launch.lease_s is None else later(launch.lease_s), launch.instance),
             )
             finish(connection, "launch", launch.instance, {"instance": launch.instance})
         boot = inventory.find_disk(self._db, launch.boot_disk or "")

@@ -12,14 +12,18 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from stratocache.cache.errors import Internal
 from stratocache.fs.schema import MIGRATIONS
+from stratocache.fs.secret_box import SecretBox
 
 BUSY_TIMEOUT_S = 10
+
+_FIRST_SEALED = 3
+"""Number of the migration that seals secrets."""
 
 
 class Database:
@@ -27,6 +31,8 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.secrets = SecretBox(path.with_name("secrets.key"))
+        """Opens what SQL's `seal(attachment id, secret)` has sealed."""
         self._local = threading.local()
         self._opened: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
@@ -49,6 +55,7 @@ class Database:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.create_function("seal", 2, self.secrets.seal)
         with self._lock:
             self._opened.append(connection)
         return connection
@@ -84,8 +91,8 @@ class Database:
     def migrate(self) -> None:
         """Bring the schema up to date; refuse a database that newer code has written.
 
-        Creates the file with mode 0600, as it holds CHAP secrets. Raises `Internal` with code
-        `state-too-new`.
+        Creates the file with mode 0600, and the key of the secrets in it. Raises `Internal` with
+        code `state-too-new`.
         """
         # Without a descriptor: closing any one of a file drops all locks that this process has on it
         # (fcntl(2)), SQLite's too; another process then removes the log that we write to.
@@ -99,10 +106,13 @@ class Database:
                     f"{self.path} was written by a newer Stratocache (schema {version}, this one "
                     f"knows {len(MIGRATIONS)}); install that version again.",
                 )
+            self.secrets.make_key()
             for number in range(version, len(MIGRATIONS)):
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
                 )
+            if 0 < version < _FIRST_SEALED:
+                _forget_deleted(connection)
             with self._lock:
                 self._opened.remove(connection)
 
@@ -124,9 +134,20 @@ class Database:
         self._local = threading.local()
 
 
+def _forget_deleted(connection: sqlite3.Connection) -> None:
+    """Rewrite the file and empty its log: both keep the bytes of what is not there any more."""
+    connection.execute("VACUUM")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
 def now() -> str:
     """Return the present time as the database stores it: RFC 3339, UTC, microseconds."""
     return timestamp(datetime.now(UTC))
+
+
+def later(seconds: float) -> str:
+    """Return the time that is in `seconds`, as the database stores it."""
+    return timestamp(datetime.now(UTC) + timedelta(seconds=seconds))
 
 
 def timestamp(moment: datetime) -> str:

@@ -131,11 +131,14 @@ class _Shown:
     section: str = ""
     luns: dict[int, dict[str, str]] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
+    initiators: list[str] = field(default_factory=list)
 
     def read(self, indent: int, text: str) -> None:
         """Take one indented line."""
         if indent == 4:
             self.section = text
+        elif text.startswith("Initiator: "):
+            self.initiators.append(initiator_of(text.removeprefix("Initiator: ")))
         elif self.section.startswith("LUN") and indent == 8:
             self.luns[int(text.removeprefix("LUN: "))] = {}
         elif self.section.startswith("LUN"):
@@ -158,6 +161,7 @@ class _Shown:
             serial=lun.get("SCSI SN", "").strip(),
             accounts=tuple(self.names.get("Account information:", ())),
             acl=tuple(self.names.get("ACL information:", ())),
+            initiators=tuple(self.initiators),
         )
 
 
@@ -190,6 +194,11 @@ def parse_sessions(text: str) -> Iterator[Session]:
         yield Session(
             number=int(found["session"]),
             connection=int(found["connection"]),
-            initiator=found["initiator"].split(" alias:")[0],
+            initiator=initiator_of(found["initiator"]),
             address=found["address"],
         )
+
+
+def initiator_of(text: str) -> str:
+    """Return an initiator's name as tgtd shows it, without its alias."""
+    return text.split(" alias:")[0]

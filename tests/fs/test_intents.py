@@ -280,7 +280,10 @@ def test_chap_secrets_are_fresh_and_long_enough(db: Database) -> None:
     first, second = _disk(db, ALICE), _disk(db, ALICE)
     for uuid in (first, second):
         intents.attach(db, ALICE, uuid, instance="vm1")
-    secrets = [item.chap_secret for item in inventory.attachments(db, instance="vm1")]
+    secrets = [
+        db.secrets.open(item.id, item.sealed_secret)
+        for item in inventory.attachments(db, instance="vm1")
+    ]
 
     assert len(set(secrets)) == 2
     assert all(12 <= len(secret) <= 16 for secret in secrets)
