@@ -79,7 +79,9 @@ class DiskReconciliation:
             except (StratocacheError, OSError):
                 log.exception("the files of disk %s cannot be looked at", disk.uuid)
                 continue
-            if self._presence.look(disk) is None and form is not None and form != disk.form:
+            if form is None or disk.problem is not None:
+                self._presence.look(disk)
+            if form is not None and form != disk.form:
                 self._record_form(disk, form)
 
     def _record_form(self, disk: Disk, form: DiskForm) -> None:

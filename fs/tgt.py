@@ -34,6 +34,7 @@ from stratocache.fs.tgt_protocol import (
 
 _ANSWER_TIMEOUT_S = 10.0
 _BUSY_TIMEOUT_S = 10.0
+_STUCK_TIMEOUT_S = 1.0
 _BUSY_FIRST_DELAY_S = 0.002
 _BUSY_DELAY_MAX_S = 0.1
 
@@ -56,6 +57,8 @@ class Tgt:
         self._busy_timeout_s = busy_timeout_s
         self._changing = trio.Lock()
         self._control = control
+        self._stuck: set[int] = set()
+        """Targets that a removal has waited for in vain; the next ones do not hold others up."""
         self._discovery_closed: object = None
         """The incarnation whose discovery is known to be refused."""
 
@@ -163,18 +166,22 @@ class Tgt:
     async def _remove(self, number: int) -> None:
         found = (await self.list()).get(number)
         if found is None:
+            self._stuck.discard(number)
             return
+        timeout_s = _STUCK_TIMEOUT_S if number in self._stuck else self._busy_timeout_s
         for name in found.acl:
             await self._tgtd.request(Mode.TARGET, Operation.UNBIND, _acl_entry(name), number=number)
-        with trio.move_on_after(self._busy_timeout_s):
+        with trio.move_on_after(timeout_s):
             await self._log_out(number)
             # only now: without an account, whoever the access list names gets in unasked
             for user in found.accounts:
                 await self._tgtd.request(Mode.ACCOUNT, Operation.DELETE, f"user={user}")
             for delay_s in _delays():
                 if await self._delete(number):
+                    self._stuck.discard(number)
                     return
                 await trio.sleep(delay_s)
+        self._stuck.add(number)
         raise Conflict(
             "target-busy",
             f"Target {found.iqn} still has commands in flight after {self._busy_timeout_s:g} s; "

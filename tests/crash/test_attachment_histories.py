@@ -36,10 +36,12 @@ from stratocache.fs.records import Attachment, Caller, DiskRequest
 from stratocache.fs.target import iqn_of
 
 HISTORIES = int(os.environ.get("ATTACHMENT_HISTORIES", "25"))
-TGT_HISTORIES = int(os.environ.get("TGT_HISTORIES", "2"))
+TGT_HISTORIES = int(os.environ.get("TGT_HISTORIES", "6"))
 ROOT = Caller("root", True)
 DISKS = 2
 PASSES_MAX = 20
+# a pass takes some five of them for each attachment that changes
+STEPS = st.none() | st.integers(0, 10) | st.integers(0, 40)
 _T = TypeVar("_T")
 
 
@@ -117,20 +119,20 @@ class Histories(RuleBasedStateMachine):
             return
         self._note(operation.subject, name)
 
-    @rule(disk=st.integers(0, DISKS - 1), vm=st.integers(0, 3), leased=st.booleans())
-    def boot(self, disk: int, vm: int, leased: bool) -> None:
+    @rule(disk=st.integers(0, DISKS - 1), vm=st.integers(0, 3), leased=st.booleans(), steps=STEPS)
+    def boot(self, disk: int, vm: int, leased: bool, steps: int | None) -> None:
         """Somebody attaches a disk, and its guest works on it as soon as it can."""
         self.attach(disk, vm, False, "rw", leased)
-        self._pass()
+        self._live(steps)
         if self.keys:
             self.world.log_in(self.keys[-1])
 
-    @rule(index=st.integers(0, 9), vm=st.integers(0, 3))
-    def move(self, index: int, vm: int) -> None:
+    @rule(index=st.integers(0, 9), vm=st.integers(0, 3), steps=STEPS)
+    def move(self, index: int, vm: int, steps: int | None) -> None:
         """Somebody begins a migration, and the new guest works as soon as it can."""
         if self.keys:
             self.migrate(index, vm)
-            self._pass()
+            self._live(steps)
             self.world.log_in(self.keys[-1])
 
     @rule(index=st.integers(0, 9), force=st.booleans())
@@ -197,9 +199,12 @@ class Histories(RuleBasedStateMachine):
         """The clock is ahead from now on, or right again."""
         self.ahead_s = seconds
 
-    @rule(steps=st.integers(0, 40))
-    def crash(self, steps: int) -> None:
-        """The process dies after some steps; the next one begins anew."""
+    @rule(steps=STEPS)
+    def live(self, steps: int | None) -> None:
+        """The process makes a pass, or dies within it; the next one begins anew."""
+        self._live(steps)
+
+    def _live(self, steps: int | None) -> None:
         self.fuse.left = steps
         try:
             self._pass()
@@ -209,11 +214,6 @@ class Histories(RuleBasedStateMachine):
             self.process = None
         finally:
             self.fuse.left = None
-
-    @rule()
-    def one_pass(self) -> None:
-        """The process makes one pass."""
-        self._pass()
 
     @rule()
     def rest(self) -> None:
