@@ -28,7 +28,8 @@ class AttachmentSecrets:
         self._folder = run_dir / "secrets"
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Remove the files of attachments that do not exist."""
+        """Remove the files of attachments that do not exist; believe in no key of before."""
+        self._db.secrets.refresh()
         self._folder.mkdir(mode=0o700, exist_ok=True)
         for name in set(os.listdir(self._folder)) - set(keep):
             self.forget(name)

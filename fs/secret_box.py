@@ -53,6 +53,11 @@ class SecretBox:
         self._cipher = None
         return True
 
+    def refresh(self) -> None:
+        """Read the key anew at the next use, as another process may have made one since."""
+        if self._key_file.exists():
+            self._cipher = None
+
     def seal(self, attachment_id: str, secret: str) -> str:
         """Return a secret as the database stores it; raises `OSError` without a key."""
         nonce = os.urandom(_NONCE_BYTES)

@@ -35,7 +35,7 @@ from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Attachment, Caller, DiskRequest
 from stratocache.fs.target import iqn_of
 
-HISTORIES = int(os.environ.get("ATTACHMENT_HISTORIES", "25"))
+HISTORIES = int(os.environ.get("ATTACHMENT_HISTORIES", "40"))
 TGT_HISTORIES = int(os.environ.get("TGT_HISTORIES", "6"))
 ROOT = Caller("root", True)
 DISKS = 2
@@ -253,10 +253,11 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def no_disk_is_split(self) -> None:
         """Who writes to a disk is one attachment, or two of which one takes the place of the other;
-        who is logged in has a row, and nobody reads what another one writes."""
+        nobody reads what another one writes; what has no row has no session, nor a target."""
         by_iqn = {iqn_of(item.id): item for item in self._attachments()}
-        sessions = self.world.who()
+        targets, sessions = self.world.look()
         assert sessions <= set(by_iqn), "a session of what has been cut off"
+        assert targets <= set(by_iqn), "a target of what has been cut off"
         used = [by_iqn[iqn] for iqn in sessions]
         for item in used:
             others = [o for o in used if o.disk_uuid == item.disk_uuid and o.id != item.id]

@@ -504,6 +504,22 @@ def test_another_process_learns_of_a_new_key(tmp_path: Path) -> None:
     assert ours.open("a", theirs.seal("a", "another")) == "another"
 
 
+def test_key_replaced_under_a_running_process(host: DiskHost, disk: str) -> None:
+    """When another process has made a new key, what the old one sealed is sealed anew."""
+    item = attach(host, disk)
+    secret = host.targets.made[item.number].chap_secret
+    host.db.path.with_name("secrets.key").unlink()
+    host.rest()
+    with closing(Database(host.db.path)) as other:
+        other.migrate()
+        sealed = inventory.attachment(other, item.id).sealed_secret
+        assert refusal(other.secrets.open, item.id, sealed) == "secret-unreadable"
+        host.rest()
+        sealed = inventory.attachment(other, item.id).sealed_secret
+        assert other.secrets.open(item.id, sealed) == secret
+    assert host.targets.log.count("remove") == 0
+
+
 def test_wrong_file_of_a_secret_is_written_anew(host: DiskHost, disk: str) -> None:
     """The file that QEMU reads has the secret, mode 0600, whatever was done to it."""
     item = attach(host, disk)

@@ -82,9 +82,9 @@ class MemoryWorld(CrashingTargets):
                 return True
         return False
 
-    def who(self) -> set[str]:
-        """Return the targets that somebody is logged in to."""
-        return {iqn for iqn, _ in self.logged_in}
+    def look(self) -> tuple[set[str], set[str]]:
+        """Return the targets that there are, and those that somebody is logged in to."""
+        return {item.iqn for item in self.made.values()}, {iqn for iqn, _ in self.logged_in}
 
     def die(self) -> None:
         """Forget everything, as a daemon that is started anew."""
@@ -142,12 +142,13 @@ class TgtWorld:
         self._guests[key] = Guest(initiator)
         return True
 
-    def who(self) -> set[str]:
-        """Return the targets that somebody is logged in to."""
+    def look(self) -> tuple[set[str], set[str]]:
+        """Return the targets that there are, and those that somebody is logged in to."""
 
-        async def ask() -> set[str]:
-            found = await self.targets.list()
-            return {item.iqn for item in found.values() if await self.targets.sessions(item.number)}
+        async def ask() -> tuple[set[str], set[str]]:
+            found = (await self.targets.list()).values()
+            used = [item.iqn for item in found if await self.targets.sessions(item.number)]
+            return {item.iqn for item in found}, set(used)
 
         left, self.targets.fuse.left = self.targets.fuse.left, None
         try:
