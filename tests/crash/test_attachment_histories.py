@@ -91,7 +91,9 @@ class Histories(RuleBasedStateMachine):
         """Keep what a launcher is told."""
         item = inventory.attachment(self.db, attachment_id)
         secret = self.db.secrets.open(item.id, item.sealed_secret)
-        key = Key(item.id, item.epoch, iqn_of(item.id), secret, name)
+        key = Key(
+            item.id, item.epoch, iqn_of(item.id), secret, name, item.access == "ro"
+        )  # fmt: skip
         if key not in self.keys:
             self.keys.append(key)
 

@@ -27,6 +27,7 @@ class Key:
     iqn: str
     secret: str
     name: str
+    read_only: bool
 
 
 class MemoryWorld(CrashingTargets):
@@ -134,12 +135,11 @@ class TgtWorld:
 
     def log_in(self, key: Key) -> bool:
         """Begin to work as an initiator, if that is allowed."""
-        if key in self._guests:
-            return True
         initiator = Initiator(self._port, key.iqn, key.attachment, key.secret, key.name)
         if initiator.inquiry().returncode != 0:
             return False
-        self._guests[key] = Guest(initiator)
+        if key not in self._guests:
+            self._guests[key] = Guest(initiator, read_only=key.read_only)
         return True
 
     def look(self) -> tuple[set[str], set[str]]:

@@ -89,9 +89,11 @@ class Initiator:
 class Guest:
     """One lasting session that reads and writes what it knows, as a guest would."""
 
-    def __init__(self, initiator: Initiator) -> None:
+    def __init__(self, initiator: Initiator, *, read_only: bool = False) -> None:
+        options = ["-r"] if read_only else []
         self._process = subprocess.Popen(
-            ["stdbuf", "-o0", "qemu-io", "-t", "none", "--image-opts", initiator.image_options],
+            ["stdbuf", "-o0", "qemu-io", "-t", "none", *options,
+             "--image-opts", initiator.image_options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._rounds = 0
