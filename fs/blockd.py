@@ -167,7 +167,7 @@ class Blockd:
         await reconciler.adopt()
         while True:
             self._woken = trio.Event()
-            operations.look()
+            await operations.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()

@@ -6,22 +6,24 @@
     RUN_DIR/live/UUID.N.bitmap          overlays that have been opened since the host booted
 
 What must be synced before a new disk may be promised: its files, their directory, then, after the
-rename, `disks/`. `stage/` needs none: what a crash brings back there is swept. A journalling file
-system commits all of it with the first call, and one commit serves all disks that are made at the
-same time, so make them in parallel threads.
+rename, `disks/`. `stage/` needs none: what a crash brings back there is swept. One flush of the
+medium can serve all disks that are made at the same time: clones that share extents are made and
+synced together (`create_clones`); make others in parallel threads.
 """
 
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from stratocache.cache.errors import InvalidInput, NotFound
+from stratocache.cache.errors import InvalidInput, NotFound, StratocacheError
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.fs import raw_snapshots, reflink, transitions
+from stratocache.fs.group_sync import sync_all
 from stratocache.fs.layers import LAYOUT, RAW, DiskFiles, Layout
 from stratocache.fs.overlay import BlockSource, Overlay
 from stratocache.fs.records import DiskForm
@@ -32,6 +34,15 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9
 _STAGED = "disk-"
 _LIVE_SUFFIX = ".bitmap"
 _DIRECTORY_MODE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A disk that is to begin as a copy of an image."""
+
+    uuid: str
+    size_bytes: int
+    image: ChunkedImage
 
 
 class DiskStore:
@@ -82,12 +93,69 @@ class DiskStore:
         """
         _check_room(size_bytes, reader.size_bytes)
         if self.reflink_supported():
-            try:
-                return self._create(uuid, lambda new: self._fill_reflinked(new, size_bytes, reader))
-            except OSError as error:
-                if not reflink.is_unsupported(error):
-                    raise
+            forms, failures = self.create_clones([Clone(uuid, size_bytes, reader)])
+            if uuid in forms:
+                return forms[uuid]
+            if not _is_unsupported(failures[uuid]):
+                raise failures.pop(uuid)
         return self._create(uuid, lambda new: self._fill_overlay(new, size_bytes, base_name))
+
+    def create_clones(
+        self, clones: Sequence[Clone]
+    ) -> tuple[dict[str, DiskForm], dict[str, StratocacheError | OSError]]:
+        """Make clones that share extents, all of them durable at the end; asked again, no change.
+
+        Returns the form of each that is there, and what went wrong with each other one, as
+        `create_clone` raises it: that can make those whose `OSError` `reflink.is_unsupported`.
+        """
+        forms: dict[str, DiskForm] = {}
+        failures: dict[str, StratocacheError | OSError] = {}
+        staged: list[tuple[Clone, tuple[int, int]]] = []
+        for clone in clones:
+            try:
+                form = self.form(clone.uuid)
+                if form is None:
+                    staged.append((clone, self._stage_clone(clone)))
+                else:
+                    forms[clone.uuid] = form
+            except (StratocacheError, OSError) as error:
+                failures[clone.uuid] = error.with_traceback(None)  # which would hold this frame
+        synced = sync_all([descriptor for _, pair in staged for descriptor in pair])
+        for index, (clone, pair) in enumerate(staged):
+            for descriptor in pair:
+                os.close(descriptor)
+            try:
+                for failure in synced[2 * index : 2 * index + 2]:
+                    if failure is not None:
+                        raise failure
+                self._staged(clone.uuid).rename(self.overlay_directory(clone.uuid))
+                forms[clone.uuid] = "raw"
+            except OSError as error:
+                failures[clone.uuid] = error.with_traceback(None)
+        for uuid in failures:
+            shutil.rmtree(self._staged(uuid), ignore_errors=True)
+        FILES.sync_directory(self._disks)
+        return forms, failures
+
+    def _staged(self, uuid: str) -> Path:
+        return self._stage / f"{_STAGED}{uuid}"
+
+    def _stage_clone(self, clone: Clone) -> tuple[int, int]:
+        """Make the files of a clone, not durably; return its data and its directory, open."""
+        _check_room(clone.size_bytes, clone.image.size_bytes)
+        staged = self._staged(clone.uuid)
+        with full_disk_is_no_space(self._state_dir), ExitStack() as opened:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(mode=_DIRECTORY_MODE)
+            data = os.open(
+                staged / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+            )
+            opened.callback(os.close, data)
+            self._templates.clone(clone.image, data)
+            os.ftruncate(data, clone.size_bytes)
+            directory = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.pop_all()
+        return data, directory
 
     def clone_raw_snapshot(
         self, new_uuid: str, size_bytes: int, uuid: str, snapshot_id: str
@@ -107,7 +175,7 @@ class DiskStore:
 
     def _create(self, uuid: str, fill: Callable[[Path], DiskForm]) -> DiskForm:
         directory = self.overlay_directory(uuid)
-        staged = self._stage / f"{_STAGED}{uuid}"
+        staged = self._staged(uuid)
         form = self.form(uuid)
         if form is None:
             shutil.rmtree(staged, ignore_errors=True)
@@ -131,18 +199,6 @@ class DiskStore:
         transitions.create(DiskFiles(directory, self._live / directory.name), size_bytes, base_name)
         return "overlay"
 
-    def _fill_reflinked(self, directory: Path, size_bytes: int, image: ChunkedImage) -> DiskForm:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        target = os.open(directory / "data", flags, 0o600)
-        try:
-            self._templates.clone(image, target)
-            os.ftruncate(target, size_bytes)
-            os.fsync(target)
-        finally:
-            os.close(target)
-        FILES.sync_directory(directory)
-        return "raw"
-
     def forget_image(self, image: ChunkedImage) -> None:
         """Let go of what is kept of an image for its next clone; call it before its files go."""
         self._templates.forget(image)
@@ -161,7 +217,7 @@ class DiskStore:
 
         Not synced: a disk that power loss brings back belongs to no row and is swept.
         """
-        staged = self._stage / f"{_STAGED}{uuid}"
+        staged = self._staged(uuid)
         directory = self.overlay_directory(uuid)
         if directory.exists():
             _remove(staged)
@@ -347,6 +403,10 @@ class DiskStore:
                 source = chunks if chunks.is_dir() else self._stage
                 self._reflinks = reflink.supported(source, self._stage)
             return self._reflinks
+
+
+def _is_unsupported(error: Exception) -> bool:
+    return isinstance(error, OSError) and reflink.is_unsupported(error)
 
 
 def _check_room(size_bytes: int, wanted_bytes: int) -> None:

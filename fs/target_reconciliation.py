@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import trio
@@ -10,6 +11,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Cancelled, StratocacheError, Unreachable
 from stratocache.fs import intents, inventory, records
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.launch_ends import settle_ready
 from stratocache.fs.layers import RAW_DATA
 from stratocache.fs.operations import fail, finish, undo_launch
 from stratocache.fs.records import Attachment
@@ -106,9 +108,25 @@ class TargetReconciliation:
             elif item.number not in wanted:
                 there = item.state == "ready" if known else item.number in actual
                 settled &= not there or await self._remove_target(item.number)
+        made, failed, all_made = await self._make_targets(wanted.values(), actual, known=known)
+        if ended or made or failed:
+            await trio.to_thread.run_sync(self._record_attachments, ended, made, failed)
+        return settled and all_made
+
+    async def _make_targets(
+        self,
+        wanted: Iterable[tuple[Attachment, Target, int]],
+        actual: dict[int, ActualTarget],
+        *,
+        known: bool,
+    ) -> tuple[list[tuple[Attachment, int]], list[tuple[Attachment, StratocacheError]], bool]:
+        """Make targets; return what is to be recorded as made and as failed, and whether all are."""
         made: list[tuple[Attachment, int]] = []
         failed: list[tuple[Attachment, StratocacheError]] = []
-        for item, target, generation in wanted.values():
+        settled = True
+
+        async def make(item: Attachment, target: Target, generation: int) -> None:
+            nonlocal settled
             try:
                 if known and item.state == "ready":
                     await self._targets.remove(item.number)
@@ -123,9 +141,12 @@ class TargetReconciliation:
                 settled = False
                 if item.state == "wanted":
                     failed.append((item, error))
-        if ended or made or failed:
-            await trio.to_thread.run_sync(self._record_attachments, ended, made, failed)
-        return settled
+
+        # all at once: the daemon makes together those that come together
+        async with trio.open_nursery() as nursery:
+            for item, target, generation in wanted:
+                nursery.start_soon(make, item, target, generation)
+        return made, failed, settled
 
     async def _make_target(
         self, item: Attachment, target: Target, generation: int, actual: ActualTarget | None
@@ -198,6 +219,7 @@ class TargetReconciliation:
                     (generation, item.id),
                 )
                 finish(connection, "attach", item.id, {"attachment": item.id})
+            settle_ready(connection)
             for item, error in failed:
                 fail(connection, "attach", item.id, error)
                 launch = self._db.row("SELECT 1 FROM launches WHERE instance = ?", item.instance)

@@ -15,13 +15,14 @@ What tgtd does and does not, as measured:
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError
+from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError, Unreachable
 from stratocache.fs.target import LUN, ActualTarget, Session, Target
 from stratocache.fs.tgt_protocol import (
     Management,
@@ -41,6 +42,18 @@ _DISCOVERY_USER = "discovery"
 _UNFIT = re.compile(r"[\x00-\x1f\x7f,]")
 
 
+@dataclass(eq=False)
+class _Order:
+    """A target that is to be made, and what came of it."""
+
+    target: Target
+    begun: bool = False
+    """Whether there is something of it, complete or not."""
+    exists: bool = False
+    """Whether nothing was done, as a target of its number was there."""
+    error: StratocacheError | None = None
+
+
 class Tgt:
     """A private tgtd; implements `stratocache.fs.target.TargetDaemon`."""
 
@@ -55,6 +68,8 @@ class Tgt:
         self._answer_timeout_s = answer_timeout_s
         self._busy_timeout_s = busy_timeout_s
         self._changing = trio.Lock()
+        self._orders: list[_Order] = []
+        """Those that wait for the lock; who gets it makes all of them."""
         self._control = control
         self._discovery_closed: object = None
         """The incarnation whose discovery is known to be refused."""
@@ -89,28 +104,24 @@ class Tgt:
     async def create(self, target: Target) -> None:
         """Make a target, complete before anybody can log in; see `TargetDaemon.create`."""
         _check(target)
+        order = _Order(target)
+        self._orders.append(order)
         async with self._changing:
-            if self.incarnation() != self._discovery_closed:
-                await self._close_discovery()
-            try:
-                await self._new_target(target)
-            except Refused as refusal:
-                if refusal.error != "TARGET_EXIST":
-                    raise
+            if order in self._orders:
+                orders, self._orders = self._orders, []
+                await trio.to_thread.run_sync(self._make_all, orders)
+            if order.exists:
                 found = (await self.list()).get(target.number)
                 if found is not None and found.matches(target):
                     return
                 await self._remove(target.number)
-                await self._new_target(target)
-            try:
-                await self._complete(target)
-                if self.incarnation() != self._discovery_closed:
-                    await self._close_discovery()  # started anew meanwhile
-            except BaseException:
-                with trio.move_on_after(self._answer_timeout_s, shield=True):
-                    with suppress(StratocacheError):
-                        await self._remove(target.number)
-                raise
+                await trio.to_thread.run_sync(self._make_all, [order])
+            if order.error is not None:
+                if order.begun:
+                    with trio.move_on_after(self._answer_timeout_s, shield=True):
+                        with suppress(StratocacheError):
+                            await self._remove(target.number)
+                raise order.error
 
     async def remove(self, number: int) -> None:
         """Remove a target and its account; see `TargetDaemon.remove`."""
@@ -119,46 +130,68 @@ class Tgt:
 
     # -- steps
 
-    async def _close_discovery(self) -> None:
+    def _make_all(self, orders: Sequence[_Order]) -> None:
+        """Make targets, in one thread: a change of threads costs more than a target."""
+        unreachable: Unreachable | None = None
+        for order in orders:
+            order.exists = order.begun = False
+            order.error = unreachable  # whom one has waited for in vain, the others need not
+            try:
+                if unreachable is None:
+                    self._make(order)
+            except StratocacheError as error:
+                order.error = error
+                if isinstance(error, Unreachable):
+                    unreachable = error
+
+    def _make(self, order: _Order) -> None:
+        target = order.target
+        if self.incarnation() != self._discovery_closed:
+            self._close_discovery()
+        name = f"targetname={target.iqn}"
+        try:
+            self._tgtd.ask(Mode.TARGET, Operation.NEW, name, number=target.number)
+        except Refused as refusal:
+            if refusal.error != "TARGET_EXIST":
+                raise
+            order.exists = True
+            return
+        order.begun = True
+        self._complete(target)
+        if self.incarnation() != self._discovery_closed:
+            self._close_discovery()  # started anew meanwhile
+
+    def _close_discovery(self) -> None:
         incarnation = self.incarnation()
-        account = f"user={_DISCOVERY_USER},password={secrets.token_hex(16)}"
-        await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account, accept="USER_EXIST")
         user = f"user={_DISCOVERY_USER}"
-        await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, accept="USER_EXIST")
+        account = f"{user},password={secrets.token_hex(16)}"
+        self._tgtd.ask(Mode.ACCOUNT, Operation.NEW, account, accept="USER_EXIST")
+        self._tgtd.ask(Mode.ACCOUNT, Operation.BIND, user, accept="USER_EXIST")
         self._discovery_closed = incarnation
 
-    async def _new_target(self, target: Target) -> None:
-        await self._tgtd.request(
-            Mode.TARGET, Operation.NEW, f"targetname={target.iqn}", number=target.number
-        )
-
-    async def _complete(self, target: Target) -> None:
+    def _complete(self, target: Target) -> None:
+        ask, number = self._tgtd.ask, target.number
         user = f"user={target.chap_username}"
         account = f"{user},password={target.chap_secret}"
         try:
-            await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account)
+            ask(Mode.ACCOUNT, Operation.NEW, account)
         except Refused as refusal:
             if refusal.error != "USER_EXIST":
                 raise
             # left behind by a crash, perhaps with another secret
-            await self._tgtd.request(Mode.ACCOUNT, Operation.DELETE, user)
-            await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account)
-        await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, number=target.number)
-        await self._tgtd.request(
-            Mode.LOGICAL_UNIT, Operation.NEW, f"path={target.backing},bstype=rdwr",
-            number=target.number, lun=LUN,
-        )  # fmt: skip
-        await self._tgtd.request(
+            ask(Mode.ACCOUNT, Operation.DELETE, user)
+            ask(Mode.ACCOUNT, Operation.NEW, account)
+        ask(Mode.ACCOUNT, Operation.BIND, user, number=number)
+        store = f"path={target.backing},bstype=rdwr"
+        ask(Mode.LOGICAL_UNIT, Operation.NEW, store, number=number, lun=LUN)
+        ask(
             Mode.LOGICAL_UNIT, Operation.UPDATE,
             "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
             f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
             f"readonly={int(target.read_only)},thin_provisioning={int(target.thin_provisioned)},",
-            number=target.number, lun=LUN,
+            number=number, lun=LUN,
         )  # fmt: skip
-        await self._tgtd.request(
-            Mode.TARGET, Operation.BIND, _acl_entry(target.initiator or "ALL"),
-            number=target.number,
-        )  # fmt: skip
+        ask(Mode.TARGET, Operation.BIND, _acl_entry(target.initiator or "ALL"), number=number)
 
     async def _remove(self, number: int) -> None:
         found = (await self.list()).get(number)

@@ -76,7 +76,7 @@ class Host:
                 operations = Operations(
                     self.db, acquisition, nursery, lambda: self.woken.append(None)
                 )
-                operations.look()
+                await operations.look()
                 with trio.fail_after(60):
                     await script(operations)
                 nursery.cancel_scope.cancel()
@@ -223,7 +223,7 @@ def test_cancelled_fetch_leaves_nothing(host: Host) -> None:
     async def script(operations: Operations) -> None:
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, operation.id)
-        operations.look()
+        await operations.look()
         ended = await host.end(operation)
         assert ended.state == "cancelled"
 
@@ -248,7 +248,7 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
             await trio.lowlevel.checkpoint()
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, first.id)
-        operations.look()
+        await operations.look()
         assert (await host.end(first)).state == "cancelled"
         assert held.hold is not None
         held.hold.set()
