@@ -27,6 +27,7 @@ from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.acquisition import Acquisition
+from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database
@@ -85,9 +86,7 @@ class Host:
 
     async def end(self, operation: Operation) -> Operation:
         """Wait until an operation has ended."""
-        return await trio.to_thread.run_sync(
-            inventory.wait_for_operation, self.db, operation.id, 60.0
-        )
+        return await trio.to_thread.run_sync(OperationWatch(self.db).wait, operation.id, 60.0)
 
     async def sent(self, held: Fault) -> None:
         """Wait until an answer has been sent up to where it is held."""
