@@ -10,17 +10,20 @@ import errno
 import os
 import platform
 import struct
+import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import cache
 
-# io_setup, io_destroy, io_getevents, io_submit: linux/unistd.h
-_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}.get(platform.machine())
+# io_setup, io_getevents, io_submit: asm/unistd.h
+_CALLS = {"x86_64": (206, 208, 209), "aarch64": (0, 4, 2)}.get(platform.machine())
 _FSYNC = 2  # IOCB_CMD_FSYNC: linux/aio_abi.h
 # struct iocb: data, key, rw_flags, opcode, reqprio, fd, buf, nbytes, offset, reserved, flags, resfd
 _REQUEST = struct.Struct("<QIIHhIQQqQII")
 _EVENT = struct.Struct("<QQqq")  # struct io_event: data, obj, res, res2
 _AT_ONCE_MAX = 128
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_TURN = threading.Lock()
+"""Held by the thread whose requests the context has."""
 
 
 def sync_all(descriptors: Sequence[int]) -> list[OSError | None]:
@@ -41,49 +44,60 @@ def _sync(descriptor: int) -> OSError | None:
 
 
 def _submit(descriptors: Sequence[int]) -> list[OSError | None]:
-    count = len(descriptors)
-    context = ctypes.c_ulong(0)
-    if _CALLS is None:
-        return list(map(_sync, descriptors))
-    setup, destroy, get_events, submit = _CALLS
-    # not in every kernel, not in every sandbox, and the host may have no contexts left
-    if _LIBC.syscall(setup, count, ctypes.byref(context)) != 0:
-        return list(map(_sync, descriptors))
-    try:
-        requests = ctypes.create_string_buffer(b"".join(
-            _REQUEST.pack(index, 0, 0, _FSYNC, 0, descriptor, 0, 0, 0, 0, 0, 0)
-            for index, descriptor in enumerate(descriptors)
-        ), count * _REQUEST.size)  # fmt: skip
-        start = ctypes.addressof(requests)
-        pointers = (ctypes.c_void_p * count)(
-            *range(start, start + count * _REQUEST.size, _REQUEST.size)
-        )
-        accepted = max(0, _LIBC.syscall(submit, context, count, pointers))
-        outcomes = _collect(get_events, context, accepted)
-        # what was not accepted, and file systems that cannot do it
-        for index, descriptor in enumerate(descriptors):
-            found = outcomes.get(index, errno.EINVAL)
-            outcomes[index] = found
-            if found == errno.EINVAL:
-                refused = _sync(descriptor)
-                outcomes[index] = 0 if refused is None else refused.errno or errno.EIO
-    finally:
-        _LIBC.syscall(destroy, context)
+    with _TURN:
+        errors = _ask_kernel(descriptors)
+    # what was not accepted, and file systems that cannot do it
     return [
-        None if outcomes[index] == 0 else OSError(outcomes[index], os.strerror(outcomes[index]))
-        for index in range(count)
+        _sync(descriptor) if error == errno.EINVAL else _as_error(error)
+        for descriptor, error in zip(descriptors, errors, strict=True)
     ]
 
 
-def _collect(get_events: int, context: ctypes.c_ulong, count: int) -> dict[int, int]:
-    """Wait for `count` answers; return the error number of each, 0 for success."""
-    found: dict[int, int] = {}
-    events = ctypes.create_string_buffer(max(1, count) * _EVENT.size)
-    while len(found) < count:
-        with suppress(InterruptedError):
-            got = _LIBC.syscall(get_events, context, 1, count - len(found), events, None)
-            if got < 0:
-                raise OSError(ctypes.get_errno(), "io_getevents")
-            for index, _, result, _ in _EVENT.iter_unpack(events.raw[: got * _EVENT.size]):
-                found[index] = -result
-    return found
+def _as_error(number: int) -> OSError | None:
+    return OSError(number, os.strerror(number)) if number else None
+
+
+def _ask_kernel(descriptors: Sequence[int]) -> list[int]:
+    """Return the error number of each, 0 for success, EINVAL for what was not done."""
+    count = len(descriptors)
+    errors = [errno.EINVAL] * count
+    context = _context()
+    if context is None or _CALLS is None:
+        return errors
+    _, get_events, submit = _CALLS
+    requests = ctypes.create_string_buffer(
+        b"".join(
+            _REQUEST.pack(index, 0, 0, _FSYNC, 0, descriptor, 0, 0, 0, 0, 0, 0)
+            for index, descriptor in enumerate(descriptors)
+        ),
+        count * _REQUEST.size,
+    )
+    start = ctypes.addressof(requests)
+    pointers = (ctypes.c_void_p * count)(
+        *range(start, start + count * _REQUEST.size, _REQUEST.size)
+    )
+    accepted = max(0, _LIBC.syscall(submit, context, ctypes.c_long(count), pointers))
+    events = ctypes.create_string_buffer(count * _EVENT.size)
+    while accepted > 0:
+        got = _LIBC.syscall(
+            get_events, context, ctypes.c_long(1), ctypes.c_long(accepted), events, None
+        )
+        if got < 0 and ctypes.get_errno() != errno.EINTR:
+            raise OSError(ctypes.get_errno(), "io_getevents")
+        for index, _, result, _ in _EVENT.iter_unpack(events.raw[: max(0, got) * _EVENT.size]):
+            errors[index] = -result
+        accepted -= max(0, got)
+    return errors
+
+
+@cache
+def _context() -> ctypes.c_ulong | None:
+    """Return this process' context; None in kernels and sandboxes that have none.
+
+    It is never given back: that takes as long as thirty flushes.
+    """
+    if _CALLS is None:
+        return None
+    context = ctypes.c_ulong(0)
+    made = _LIBC.syscall(_CALLS[0], ctypes.c_long(_AT_ONCE_MAX), ctypes.byref(context))
+    return context if made == 0 else None
