@@ -15,7 +15,7 @@ What tgtd does and does not, as measured:
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ import trio
 from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError, Unreachable
 from stratocache.fs.target import LUN, ActualTarget, Session, Target
 from stratocache.fs.tgt_protocol import (
+    NO_LUN,
     Management,
     Mode,
     Operation,
     Refused,
+    Request,
     parse_sessions,
     parse_targets,
 )
@@ -131,67 +133,78 @@ class Tgt:
     # -- steps
 
     def _make_all(self, orders: Sequence[_Order]) -> None:
-        """Make targets, in one thread: a change of threads costs more than a target."""
-        unreachable: Unreachable | None = None
+        """Make targets, step by step, each step for all: in one thread, for a change of threads
+        costs more than a target."""
         for order in orders:
             order.exists = order.begun = False
-            order.error = unreachable  # whom one has waited for in vain, the others need not
-            try:
-                if unreachable is None:
-                    self._make(order)
-            except StratocacheError as error:
-                order.error = error
-                if isinstance(error, Unreachable):
-                    unreachable = error
-
-    def _make(self, order: _Order) -> None:
-        target = order.target
-        if self.incarnation() != self._discovery_closed:
-            self._close_discovery()
-        name = f"targetname={target.iqn}"
+            order.error = None
         try:
-            self._tgtd.ask(Mode.TARGET, Operation.NEW, name, number=target.number)
-        except Refused as refusal:
-            if refusal.error != "TARGET_EXIST":
-                raise
-            order.exists = True
-            return
-        order.begun = True
-        self._complete(target)
-        if self.incarnation() != self._discovery_closed:
-            self._close_discovery()  # started anew meanwhile
+            if self.incarnation() != self._discovery_closed:
+                self._close_discovery()
+            begun = self._begin(orders)
+            self._complete(begun)
+            if self.incarnation() != self._discovery_closed:
+                self._close_discovery()  # started anew meanwhile
+        except StratocacheError as error:
+            for order in orders:
+                order.error = order.error or error
 
     def _close_discovery(self) -> None:
         incarnation = self.incarnation()
         user = f"user={_DISCOVERY_USER}"
         account = f"{user},password={secrets.token_hex(16)}"
-        self._tgtd.ask(Mode.ACCOUNT, Operation.NEW, account, accept="USER_EXIST")
-        self._tgtd.ask(Mode.ACCOUNT, Operation.BIND, user, accept="USER_EXIST")
+        for operation, parameters in ((Operation.NEW, account), (Operation.BIND, user)):
+            self._tgtd.ask(Request(Mode.ACCOUNT, operation, parameters, accept="USER_EXIST"))
         self._discovery_closed = incarnation
 
-    def _complete(self, target: Target) -> None:
-        ask, number = self._tgtd.ask, target.number
-        user = f"user={target.chap_username}"
-        account = f"{user},password={target.chap_secret}"
-        try:
-            ask(Mode.ACCOUNT, Operation.NEW, account)
-        except Refused as refusal:
-            if refusal.error != "USER_EXIST":
-                raise
-            # left behind by a crash, perhaps with another secret
-            ask(Mode.ACCOUNT, Operation.DELETE, user)
-            ask(Mode.ACCOUNT, Operation.NEW, account)
-        ask(Mode.ACCOUNT, Operation.BIND, user, number=number)
-        store = f"path={target.backing},bstype=rdwr"
-        ask(Mode.LOGICAL_UNIT, Operation.NEW, store, number=number, lun=LUN)
-        ask(
-            Mode.LOGICAL_UNIT, Operation.UPDATE,
-            "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
-            f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
-            f"readonly={int(target.read_only)},thin_provisioning={int(target.thin_provisioned)},",
-            number=number, lun=LUN,
-        )  # fmt: skip
-        ask(Mode.TARGET, Operation.BIND, _acl_entry(target.initiator or "ALL"), number=number)
+    def _begin(self, orders: Sequence[_Order]) -> Sequence[_Order]:
+        """Make targets that have nothing yet; return those that were not there."""
+        begun = []
+        for order, answer in self._ask_of_all(
+            orders, Mode.TARGET, Operation.NEW, lambda target: f"targetname={target.iqn}"
+        ):
+            if isinstance(answer, Refused) and answer.error == "TARGET_EXIST":
+                order.exists = True
+            elif isinstance(answer, StratocacheError):
+                order.error = answer
+            else:
+                order.begun = True
+                begun.append(order)
+        return begun
+
+    def _complete(self, orders: Sequence[_Order]) -> None:
+        for order, answer in self._ask_of_all(orders, Mode.ACCOUNT, Operation.NEW, _account):
+            if isinstance(answer, Refused) and answer.error == "USER_EXIST":
+                # left behind by a crash, perhaps with another secret
+                target = order.target
+                self._tgtd.ask(Request(Mode.ACCOUNT, Operation.DELETE, _user(target)))
+                self._tgtd.ask(Request(Mode.ACCOUNT, Operation.NEW, _account(target)))
+            elif isinstance(answer, StratocacheError):
+                order.error = answer
+        for mode, operation, parameters in (
+            (Mode.ACCOUNT, Operation.BIND, _user),
+            (Mode.LOGICAL_UNIT, Operation.NEW, _store),
+            (Mode.LOGICAL_UNIT, Operation.UPDATE, _unit_parameters),
+            (Mode.TARGET, Operation.BIND, lambda target: _acl_entry(target.initiator or "ALL")),
+        ):
+            going = [order for order in orders if order.error is None]
+            for order, answer in self._ask_of_all(going, mode, operation, parameters):
+                if isinstance(answer, StratocacheError):
+                    order.error = answer
+
+    def _ask_of_all(
+        self,
+        orders: Sequence[_Order],
+        mode: Mode,
+        operation: Operation,
+        parameters: Callable[[Target], str],
+    ) -> Iterator[tuple[_Order, str | Refused | Unreachable]]:
+        lun = LUN if mode is Mode.LOGICAL_UNIT else NO_LUN
+        requests = [
+            Request(mode, operation, parameters(order.target), order.target.number, lun=lun)
+            for order in orders
+        ]
+        return zip(orders, self._tgtd.ask_all(requests), strict=True)
 
     async def _remove(self, number: int) -> None:
         found = (await self.list()).get(number)
@@ -245,6 +258,26 @@ def _delays() -> Iterator[float]:
     while True:
         yield delay_s
         delay_s = min(2 * delay_s, _BUSY_DELAY_MAX_S)
+
+
+def _user(target: Target) -> str:
+    return f"user={target.chap_username}"
+
+
+def _account(target: Target) -> str:
+    return f"{_user(target)},password={target.chap_secret}"
+
+
+def _store(target: Target) -> str:
+    return f"path={target.backing},bstype=rdwr"
+
+
+def _unit_parameters(target: Target) -> str:
+    return (
+        "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
+        f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
+        f"readonly={int(target.read_only)},thin_provisioning={int(target.thin_provisioned)},"
+    )
 
 
 def _acl_entry(name: str) -> str:
