@@ -14,7 +14,7 @@ from stratocache.fs import inventory, records
 from stratocache.fs.records import Operation
 from stratocache.fs.state import Database
 
-_FIRST_PAUSE_S = 0.001
+_FIRST_PAUSE_S = 0.002
 _LAST_PAUSE_S = 0.05
 _PATIENCE = 30
 """The pause is this part of the time since the latest came."""
