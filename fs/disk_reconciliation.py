@@ -10,8 +10,9 @@ from stratocache.cache.errors import Cancelled, Internal, StratocacheError
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory, records, space_plan
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.clones import Clone
 from stratocache.fs.disk_work import DiskWork
-from stratocache.fs.disks import Clone, DiskStore
+from stratocache.fs.disks import DiskStore
 from stratocache.fs.intents import stop_work
 from stratocache.fs.manifests import Manifests
 from stratocache.fs.operations import fail, finish, undo_launch

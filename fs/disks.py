@@ -16,33 +16,29 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stratocache.cache.errors import InvalidInput, NotFound, StratocacheError
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.fs import raw_snapshots, reflink, transitions
-from stratocache.fs.group_sync import sync_all
+from stratocache.fs.clones import (
+    DIRECTORY_MODE,
+    STAGED,
+    Clone,
+    Clones,
+    check_room,
+    staged_directory,
+)
 from stratocache.fs.layers import LAYOUT, RAW, DiskFiles, Layout
 from stratocache.fs.overlay import BlockSource, Overlay
 from stratocache.fs.records import DiskForm
 from stratocache.fs.storage import FILES
-from stratocache.fs.template import ChunkedImage, Templates
+from stratocache.fs.template import ChunkedImage
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-_STAGED = "disk-"
 _LIVE_SUFFIX = ".bitmap"
-_DIRECTORY_MODE = 0o700
-
-
-@dataclass(frozen=True, slots=True)
-class Clone:
-    """A disk that is to begin as a copy of an image."""
-
-    uuid: str
-    size_bytes: int
-    image: ChunkedImage
 
 
 class DiskStore:
@@ -68,9 +64,9 @@ class DiskStore:
         self._stage = state_dir / "stage"
         self._live = run_dir / "live"
         for directory in (self._disks, self._stage, self._live):
-            directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+            directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         FILES.sync_directory(state_dir)
-        self._templates = Templates(self._stage)
+        self._clones = Clones(state_dir, self._stage, self._disks)
         self._probing = threading.Lock()
         self._reflinks: bool | None = None
 
@@ -91,7 +87,7 @@ class DiskStore:
         as long as it lives. Raises `InvalidInput` (`disk-too-small`), `NoSpace`, and `NotVerified`
         as `open_chunk` does.
         """
-        _check_room(size_bytes, reader.size_bytes)
+        check_room(size_bytes, reader.size_bytes)
         if self.reflink_supported():
             forms, failures = self.create_clones([Clone(uuid, size_bytes, reader)])
             if uuid in forms:
@@ -108,54 +104,13 @@ class DiskStore:
         Returns the form of each that is there, and what went wrong with each other one, as
         `create_clone` raises it: that can make those whose `OSError` `reflink.is_unsupported`.
         """
-        forms: dict[str, DiskForm] = {}
-        failures: dict[str, StratocacheError | OSError] = {}
-        staged: list[tuple[Clone, tuple[int, int]]] = []
-        for clone in clones:
-            try:
-                form = self.form(clone.uuid)
-                if form is None:
-                    staged.append((clone, self._stage_clone(clone)))
-                else:
-                    forms[clone.uuid] = form
-            except (StratocacheError, OSError) as error:
-                failures[clone.uuid] = error.with_traceback(None)  # which would hold this frame
-        synced = sync_all([descriptor for _, pair in staged for descriptor in pair])
-        for index, (clone, pair) in enumerate(staged):
-            for descriptor in pair:
-                os.close(descriptor)
-            try:
-                for failure in synced[2 * index : 2 * index + 2]:
-                    if failure is not None:
-                        raise failure
-                self._staged(clone.uuid).rename(self.overlay_directory(clone.uuid))
-                forms[clone.uuid] = "raw"
-            except OSError as error:
-                failures[clone.uuid] = error.with_traceback(None)
-        for uuid in failures:
-            shutil.rmtree(self._staged(uuid), ignore_errors=True)
+        forms = {clone.uuid: self.form(clone.uuid) for clone in clones}
+        failures = self._clones.make([clone for clone in clones if forms[clone.uuid] is None])
         FILES.sync_directory(self._disks)
-        return forms, failures
-
-    def _staged(self, uuid: str) -> Path:
-        return self._stage / f"{_STAGED}{uuid}"
-
-    def _stage_clone(self, clone: Clone) -> tuple[int, int]:
-        """Make the files of a clone, not durably; return its data and its directory, open."""
-        _check_room(clone.size_bytes, clone.image.size_bytes)
-        staged = self._staged(clone.uuid)
-        with full_disk_is_no_space(self._state_dir), ExitStack() as opened:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(mode=_DIRECTORY_MODE)
-            data = os.open(
-                staged / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-            )
-            opened.callback(os.close, data)
-            self._templates.clone(clone.image, data)
-            os.ftruncate(data, clone.size_bytes)
-            directory = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            opened.pop_all()
-        return data, directory
+        made: dict[str, DiskForm] = {
+            uuid: form or "raw" for uuid, form in forms.items() if uuid not in failures
+        }
+        return made, failures
 
     def clone_raw_snapshot(
         self, new_uuid: str, size_bytes: int, uuid: str, snapshot_id: str
@@ -167,7 +122,7 @@ class DiskStore:
         source = raw_snapshots.path(self.overlay_directory(uuid), snapshot_id)
 
         def fill(directory: Path) -> DiskForm:
-            _check_room(size_bytes, raw_snapshots.size_bytes(source))
+            check_room(size_bytes, raw_snapshots.size_bytes(source))
             raw_snapshots.copy(source, directory / "data", size_bytes)
             return "raw"
 
@@ -175,13 +130,13 @@ class DiskStore:
 
     def _create(self, uuid: str, fill: Callable[[Path], DiskForm]) -> DiskForm:
         directory = self.overlay_directory(uuid)
-        staged = self._staged(uuid)
+        staged = staged_directory(self._stage, uuid)
         form = self.form(uuid)
         if form is None:
             shutil.rmtree(staged, ignore_errors=True)
             try:
                 with full_disk_is_no_space(self._state_dir):
-                    staged.mkdir(mode=_DIRECTORY_MODE)
+                    staged.mkdir(mode=DIRECTORY_MODE)
                     form = fill(staged)
                     staged.rename(directory)
             except BaseException:
@@ -201,7 +156,7 @@ class DiskStore:
 
     def forget_image(self, image: ChunkedImage) -> None:
         """Let go of what is kept of an image for its next clone; call it before its files go."""
-        self._templates.forget(image)
+        self._clones.forget_image(image)
 
     def form(self, uuid: str) -> DiskForm | None:
         """Return the form of a disk, or None when there is no such disk."""
@@ -217,7 +172,7 @@ class DiskStore:
 
         Not synced: a disk that power loss brings back belongs to no row and is swept.
         """
-        staged = self._staged(uuid)
+        staged = staged_directory(self._stage, uuid)
         directory = self.overlay_directory(uuid)
         if directory.exists():
             _remove(staged)
@@ -231,7 +186,7 @@ class DiskStore:
         Must not run beside a `create_*` or `delete` of a disk that is not in `keep`.
         """
         found = {path.name for path in self._disks.iterdir()}
-        found |= {path.name.removeprefix(_STAGED) for path in self._stage.glob(f"{_STAGED}*")}
+        found |= {path.name.removeprefix(STAGED) for path in self._stage.glob(f"{STAGED}*")}
         found |= {path.name.partition(".")[0] for path in self._live.glob(f"*{_LIVE_SUFFIX}*")}
         unknown = sorted(found - set(keep))
         for name in unknown:
@@ -407,15 +362,6 @@ class DiskStore:
 
 def _is_unsupported(error: Exception) -> bool:
     return isinstance(error, OSError) and reflink.is_unsupported(error)
-
-
-def _check_room(size_bytes: int, wanted_bytes: int) -> None:
-    if size_bytes < wanted_bytes:
-        raise InvalidInput(
-            "disk-too-small",
-            f"The image has {wanted_bytes} bytes; make the disk at least that large.",
-            field="size_bytes",
-        )
 
 
 def _remove(directory: Path) -> None:

@@ -17,7 +17,8 @@ from support.images import store_image
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
 from stratocache.cache.errors import InvalidInput, NoSpace, NotFound, NotVerified
 from stratocache.cache.images import ImageReader, ImageStore
-from stratocache.fs.disks import Clone, DiskStore
+from stratocache.fs.clones import Clone
+from stratocache.fs.disks import DiskStore
 
 MIB = 1024**2
 IMAGE = "I" * 27
