@@ -16,7 +16,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
