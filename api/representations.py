@@ -25,7 +25,12 @@ class Representation(BaseModel):
     @property
     def etag(self) -> str:
         """A strong validator (RFC 9110 section 8.8.3): the digest of the representation."""
-        return hashlib.sha256(self.to_json()).hexdigest()[:32]
+        return self.to_json_and_etag()[1]
+
+    def to_json_and_etag(self) -> tuple[bytes, str]:
+        """Return both, for the price of one."""
+        content = self.to_json()
+        return content, hashlib.sha256(content).hexdigest()[:32]
 
 
 class ImageView(Representation):

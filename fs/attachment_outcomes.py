@@ -4,6 +4,7 @@ import sqlite3
 from dataclasses import dataclass, field
 
 from stratocache.cache.errors import Cancelled, StratocacheError
+from stratocache.fs.launch_ends import settle_ready
 from stratocache.fs.operations import fail, finish, undo_launch
 from stratocache.fs.records import Attachment
 from stratocache.fs.state import Database, record_event
@@ -40,6 +41,8 @@ class Outcomes:
                 )
                 finish(connection, "attach", item.id, {"attachment": item.id})
                 finish(connection, "migrate", item.id, {"attachment": item.id})
+            if self.made:
+                settle_ready(connection)
             for item, error in self.failed:
                 _fail(connection, db, item, error)
             for item, why in self.stuck:

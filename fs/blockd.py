@@ -171,7 +171,7 @@ class Blockd:
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()
-            operations.look()
+            await operations.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()

@@ -1,8 +1,10 @@
 """The state database: the only contract between the API, `blockd` and the command line.
 
 SQLite in WAL mode with `synchronous=FULL`: what a committed transaction says survives power loss.
-Each thread has its own connection. Readers never wait; writers wait for one another at most
-`BUSY_TIMEOUT_S`. The schema is in `stratocache.fs.schema`.
+Each thread has its own connection to read, all share one to write. Readers never wait. Writers
+queue: threads for their turn, processes for a lock of the kernel, which a dying one lets go of; so
+nobody meets SQLite's own waiting, which is sleep of up to 0.1 s. Threads that come together share
+one commit, and so one flush of the medium. The schema is in `stratocache.fs.schema`.
 """
 
 import fcntl
@@ -21,6 +23,18 @@ from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.secret_box import SecretBox
 
 BUSY_TIMEOUT_S = 10
+_GROUP_MAX = 64
+"""Blocks that share a commit; the first of them waits for the last."""
+
+
+class _Group:
+    """Blocks of several threads that become one transaction: all are committed, or none."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.ended = threading.Event()
+        self.error: Exception | None = None
+
 
 _FIRST_SEALED = 3
 """Number of the migration that seals secrets."""
@@ -36,7 +50,12 @@ class Database:
         self._local = threading.local()
         self._opened: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        self._writing = threading.Lock()
+        self._turn = threading.Lock()
+        """Held by the thread whose block runs, or whose commit."""
+        self._queued = 0
+        self._group: _Group | None = None
+        self._writer: sqlite3.Connection | None = None
+        self._process_lock = -1
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -62,17 +81,85 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Run a block as one write transaction; an exception rolls all of it back."""
-        connection = self.connection
-        # threads queue here: SQLite makes a second writer sleep, up to 0.1 s at a time
-        with self._writing:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+        """Run a block as one write transaction; an exception rolls all of it back.
+
+        Returns when it has been committed, together with blocks of other threads that came
+        meanwhile: a block sees what those before it did, and raises what their commit raises.
+        """
+        with self._lock:
+            self._queued += 1
+        self._turn.acquire()
+        with self._lock:
+            self._queued -= 1
+        group, connection = self._join_group()
+        reader = self._local.__dict__.get("connection")
+        self._local.connection = connection
+        try:
+            connection.execute("SAVEPOINT block")
+            yield connection
+        except BaseException as error:
+            self._undo_block(connection, group, error)
+            raise
+        finally:
+            if reader is None:
+                del self._local.connection
+            else:
+                self._local.connection = reader
+            self._leave_group(group, connection)
+        group.ended.wait()
+        if group.error is not None:
+            raise group.error
+
+    def _join_group(self) -> tuple[_Group, sqlite3.Connection]:
+        """Return the group whose transaction is open, or begin one; the caller has the turn."""
+        try:
+            if self._writer is None:
+                self._process_lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
+                self._writer = self._open()
+            if self._group is None:
+                fcntl.flock(self._process_lock, fcntl.LOCK_EX)
+                self._writer.execute("BEGIN IMMEDIATE")
+                self._group = _Group()
+        except BaseException:
+            if self._process_lock >= 0:
+                fcntl.flock(self._process_lock, fcntl.LOCK_UN)
+            self._turn.release()
+            raise
+        return self._group, self._writer
+
+    def _undo_block(
+        self, connection: sqlite3.Connection, group: _Group, error: BaseException
+    ) -> None:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK TO block")
+        else:  # SQLite has rolled all of it back, as it does when the disk is full
+            group.error = sqlite3.OperationalError(f"rolled back with another's: {error}")
+
+    def _leave_group(self, group: _Group, connection: sqlite3.Connection) -> None:
+        """End a block's turn; the last of a group commits for all of it."""
+        try:
+            if group.error is None:
+                connection.execute("RELEASE block")
+        except sqlite3.Error as error:
+            group.error = error
+        group.blocks += 1
+        with self._lock:
+            more = self._queued > 0
+        if more and group.error is None and group.blocks < _GROUP_MAX:
+            self._turn.release()
+            return
+        try:
+            if group.error is None:
+                connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            group.error = error
+        finally:
+            if connection.in_transaction:
+                connection.rollback()
+            self._group = None
+            fcntl.flock(self._process_lock, fcntl.LOCK_UN)
+            self._turn.release()
+            group.ended.set()
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         """Return all rows of a query."""
@@ -116,9 +203,13 @@ class Database:
             with self._lock:
                 self._opened.remove(connection)
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_suffix(".lock")
+
     @contextmanager
     def _lock_file(self) -> Iterator[None]:
-        descriptor = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -131,6 +222,10 @@ class Database:
             opened, self._opened = self._opened, []
         for connection in opened:
             connection.close()
+        self._writer = None
+        if self._process_lock >= 0:
+            os.close(self._process_lock)
+            self._process_lock = -1
         self._local = threading.local()
 
 

@@ -4,6 +4,7 @@ What may be found otherwise and what is done about it: ATTACHMENTS.md.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,15 +158,37 @@ class TargetReconciliation:
                 item.state == "ready" if known else item.number in there
             ):
                 settled &= await self._remove_target(item.number) is None
-        for wanted in wishes.targets.values():
-            found = there.get(wanted.item.number)
-            settled &= await self._make(
-                wanted, found, outcomes, known=known, undisturbed=undisturbed
-            )
+        settled &= await self._make_all(
+            wishes.targets.values(), there, outcomes, known=known, undisturbed=undisturbed
+        )
         if outcomes:
             await trio.to_thread.run_sync(outcomes.record, self._db)
         for item in outcomes.ended:
             self._secrets.forget(item.id)
+        return settled
+
+    async def _make_all(
+        self,
+        wishes: Iterable[_Wanted],
+        actual: dict[int, ActualTarget],
+        outcomes: Outcomes,
+        *,
+        known: bool,
+        undisturbed: bool,
+    ) -> bool:
+        """Make targets agree, all at once: the daemon makes together those that come together."""
+        settled = True
+
+        async def make(wanted: _Wanted) -> None:
+            nonlocal settled
+            found = actual.get(wanted.item.number)
+            settled &= await self._make(
+                wanted, found, outcomes, known=known, undisturbed=undisturbed
+            )
+
+        async with trio.open_nursery() as nursery:
+            for wanted in wishes:
+                nursery.start_soon(make, wanted)
         return settled
 
     async def _make(
