@@ -24,6 +24,7 @@ _COMMANDS = {
     "doctor": ("stratocache.api.doctor_command", "Check this host and say how to mend it."),
     "launch": ("stratocache.api.launch_commands", "Prepare a reference's disks for a VM."),
     "halt": ("stratocache.api.launch_commands", "End a launch: detach everything."),
+    "lease": ("stratocache.api.launch_commands", "Let an instance have its disks for longer."),
     "image": ("stratocache.api.image_commands", "Cached images."),
     "disk": ("stratocache.api.disk_commands", "Persistent disks."),
     "cache": ("stratocache.api.cache_commands", "Space, and what holds it."),

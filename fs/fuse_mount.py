@@ -85,7 +85,7 @@ class FuseMount:
             mount = cls(mount_point, init_file, descriptor)
         except (OSError, Internal):
             return None
-        alone = _mounted_at(mount_point) == [_FSTYPE]
+        alone = mounted_at(mount_point) == [_FSTYPE]
         return mount if alone and mount.can_resend and mount.connected else None
 
     @property
@@ -127,7 +127,7 @@ def unmount_stale(mount_point: Path) -> int:
 
     Returns their number. Raises `Conflict` (`mount-point-busy`) when something else is mounted.
     """
-    mounted = _mounted_at(mount_point)
+    mounted = mounted_at(mount_point)
     for fstype in reversed(mounted):
         if not fstype.startswith("fuse"):
             raise Conflict(
@@ -159,7 +159,7 @@ def _mount(descriptor: int, mount_point: Path) -> None:
         raise OSError(number, os.strerror(number), os.fspath(mount_point))
 
 
-def _mounted_at(mount_point: Path) -> list[str]:
+def mounted_at(mount_point: Path) -> list[str]:
     """Return the types of the mounts at a path, the topmost last; does not look at the path."""
     wanted = os.fspath(mount_point)
     found = []

@@ -23,6 +23,7 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
+from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.promotion import Promotion
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _RETRY_INTERVAL_S = 0.5
 _IDLE_INTERVAL_S = 30.0
+_LEASE_GRACE_S = 0.01
+"""So that what is over is so at the next look."""
 _SELF = Caller("blockd", True)
 
 
@@ -116,13 +119,19 @@ class Housekeeping:
         await sweep(acquisition.sweep)
         await sweep(partial(transfers.sweep, self._configuration, self._db))
         await reconciler.adopt()
+        mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()
-            operations.look()
+            await operations.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()
+            if mount.is_due():
+                await trio.to_thread.run_sync(mount.look)
             interval_s = _RETRY_INTERVAL_S if unsettled else _IDLE_INTERVAL_S
+            lease_s = reconciler.leases.remaining_s()
+            if lease_s is not None:
+                interval_s = min(interval_s, lease_s + _LEASE_GRACE_S)
             with trio.move_on_after(interval_s):
                 await self._woken.wait()
 

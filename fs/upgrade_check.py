@@ -87,6 +87,8 @@ def _check_database(path: Path) -> None:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as state:
             state.backup(copy)
+        # the real one may make a key, and this changes nothing
+        copy.create_function("seal", 2, lambda attachment_id, secret: secret)
         try:
             apply_migrations(copy, path)
         except sqlite3.Error as error:

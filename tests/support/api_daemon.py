@@ -152,7 +152,12 @@ _STEPS: dict[str, Callable[[Database, Operation], dict[str, Any]]] = {
         "UPDATE disks SET state = 'available', form = 'raw' WHERE uuid = :subject"
     ),
     "attach": _execute("UPDATE attachments SET state = 'ready' WHERE id = :subject"),
-    "detach": _execute("DELETE FROM attachments WHERE id = :subject"),
+    "migrate": _execute("UPDATE attachments SET state = 'ready' WHERE id = :subject"),
+    "detach": _execute(
+        "DELETE FROM attachments WHERE id = :subject",
+        "UPDATE attachments SET migrates = NULL, migration_expires_at = NULL "
+        "WHERE migrates = :subject",
+    ),
     "snapshot": _execute(
         "UPDATE snapshots SET state = 'available', form = 'file', frozen_at = created_at "
         "WHERE id = :subject"

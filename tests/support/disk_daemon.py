@@ -157,7 +157,7 @@ class DiskDaemon:
         await reconciler.adopt()
         while True:
             self._woken = trio.Event()
-            operations.look()
+            await operations.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()

@@ -90,10 +90,18 @@ class Initiator:
 class Guest:
     """One lasting session that reads and writes what it knows, as a guest would."""
 
-    def __init__(self, initiator: Initiator, timeout_s: float = _COMMAND_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        initiator: Initiator,
+        timeout_s: float = _COMMAND_TIMEOUT_S,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self.timeout_s = timeout_s
+        options = ["-r"] if read_only else []
         self._process = subprocess.Popen(
-            ["stdbuf", "-o0", "qemu-io", "-t", "none", "--image-opts", initiator.image_options],
+            ["stdbuf", "-o0", "qemu-io", "-t", "none", *options,
+             "--image-opts", initiator.image_options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._rounds = 0
@@ -141,6 +149,11 @@ class Guest:
             assert part, f"qemu-io ended: {output!r}"
             output += part
         return output.decode()
+
+    def kill(self) -> None:
+        """End at once, without logging out."""
+        self._process.kill()
+        self._process.communicate()
 
     def close(self) -> None:
         """Log out."""
