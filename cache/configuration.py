@@ -59,6 +59,9 @@ class FetchSettings(_Table):
     demand_timeout_s: Annotated[float, Field(gt=0, le=600)] = 25
     """How long a guest's read waits for a chunk before that block is an error; below the 30 s after
     which Linux' initiator gives a command up."""
+    quiet_s: Seconds = 20
+    """The rest of an image follows once no guest has waited for a chunk for so long, and three times
+    so long after a launch: a boot computes between its reads, and the link is better left to it."""
 
 
 class IscsiSettings(_Table):

@@ -10,8 +10,6 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import httpx
@@ -26,12 +24,9 @@ from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
 from stratocache.cache.space import Space
-from stratocache.cache.traffic import Traffic
+from stratocache.cache.traffic import READER, Traffic
 
 log = logging.getLogger(__name__)
-
-READER: ContextVar[str] = ContextVar("READER", default="")
-"""On whose behalf the running task reads; its waits are counted under this name."""
 
 _FIRST_REST_S = 2.0
 """For how long an origin that served something wrong is left alone; doubled each time …"""
@@ -45,11 +40,11 @@ _TRIES = 4
 class Patience:
     """How long the background leaves the link to guests."""
 
-    quiet_s: float = 5
+    quiet_s: float
     """Without a request of theirs, before it goes on: a boot computes between its reads."""
-    expect_s: float = 15
+    expect_s: float
     """After a launch: that guest's first read is still to come."""
-    longest_s: float = 120
+    longest_s: float = 300
     """At a time, whatever guests do."""
 
 
@@ -145,7 +140,7 @@ class ChunkFetcher:
         self._hosts: dict[str, _Host] = {}
         self._health: defaultdict[str, _Health] = defaultdict(_Health)
         self._refetching: dict[str, trio.Event] = {}
-        self._patience = patience or Patience()
+        self._patience = patience or Patience(settings.quiet_s, 3 * settings.quiet_s)
         self._asking = 0
         self._quiet_at = 0.0
         # Apart from trio's own: threads that wait for chunks must not keep chunks from landing.
@@ -466,16 +461,6 @@ class ChunkFetcher:
         return await trio.to_thread.run_sync(
             self._images.chunks.__contains__, digest, limiter=self._limiter
         )
-
-
-@contextmanager
-def reading_for(reader: str) -> Iterator[None]:
-    """Count what the running task waits for in this block under the name of a reader."""
-    token = READER.set(reader)
-    try:
-        yield
-    finally:
-        READER.reset(token)
 
 
 def _has(manifest: Manifest, index: int, digest: bytes) -> bool:

@@ -48,6 +48,30 @@ class Supplier(Protocol):
         """Take note that the running task waited for a chunk of the manifest `name`."""
 
 
+class LateSupplier:
+    """Stands for a supplier that is still to come: whoever needs a chunk waits for it."""
+
+    def __init__(self) -> None:
+        self._come = trio.Event()
+        self._supplier: Supplier | None = None
+
+    def put(self, supplier: Supplier) -> None:
+        """Let all who wait, and those after them, ask the real one."""
+        self._supplier = supplier
+        self._come.set()
+
+    async def supply(self, name: str, index: int, digest: bytes) -> None:
+        """See `Supplier`."""
+        await self._come.wait()
+        assert self._supplier is not None
+        await self._supplier.supply(name, index, digest)
+
+    def waited(self, name: str, wait_s: float) -> None:
+        """See `Supplier`."""
+        if self._supplier is not None:
+            self._supplier.waited(name, wait_s)
+
+
 class ImageReader:
     """Reads one published image. Shared by all who read it; made by `ImageStore.reader`.
 

@@ -1,7 +1,13 @@
 """What fetching cost: bytes moved per image, and the time that readers waited for them."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+
+READER: ContextVar[str] = ContextVar("READER", default="")
+"""On whose behalf the running task reads; its waits are counted under this name."""
 
 
 @dataclass
@@ -50,3 +56,13 @@ class Traffic:
         self.images[image_id].wait_s += wait_s
         if reader:
             self.readers[reader].wait_s += wait_s
+
+
+@contextmanager
+def reading_for(reader: str) -> Iterator[None]:
+    """Count what the running task waits for in this block under the name of a reader."""
+    token = READER.set(reader)
+    try:
+        yield
+    finally:
+        READER.reset(token)

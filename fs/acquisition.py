@@ -91,11 +91,9 @@ class Acquisition:
         catalogue; one that was made on this host (`local:ID`, or its id alone) needs no judgement.
         Raises what resolving, judging or fetching raises, and `NotVerified` (`image-rejected`).
         """
-        cached = self._cached(text)
+        cached = self.cached(text)
         if cached is not None:
             entry = cached.entry
-            if entry.catalogue != LOCAL_CATALOGUE:
-                self._catalogues.recheck(entry, now=datetime.now(UTC))
         else:
             entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
         while True:
@@ -111,7 +109,17 @@ class Acquisition:
             else:
                 await self._wait_for_flight(entry, report, complete=complete)
 
-    def _cached(self, text: str) -> Image | None:
+    def cached(self, text: str) -> Image | None:
+        """Return the image that a reference means, judged again; None if it cannot be used yet.
+
+        Only names by id are known here. Blocks on the state database; any thread may call it.
+        """
+        image = self._find(text)
+        if image is not None and image.entry.catalogue != LOCAL_CATALOGUE:
+            self._catalogues.recheck(image.entry, now=datetime.now(UTC))
+        return image
+
+    def _find(self, text: str) -> Image | None:
         reference = parse(
             text,
             self._configuration.default_catalogue,
@@ -212,9 +220,11 @@ class Acquisition:
                 "DELETE FROM images WHERE id = ? AND state = 'fetching'", (identifier,)
             )
 
-    def note_launch(self, image: Image) -> None:
+    def note_launch(self, reference: str) -> None:
         """Learn what the first boot of an image reads from now on, and let it read undisturbed."""
-        self._provisional.note_launch(image)
+        image = self._find(reference)
+        if image is not None:
+            self._provisional.note_launch(image)
 
     def statistics(self) -> dict[str, int]:
         """Return how many wait for each image that is in flight."""

@@ -31,8 +31,8 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from stratocache.cache.demand import reading_for
 from stratocache.cache.errors import NoSpace, NotFound, Refused, StratocacheError
+from stratocache.cache.traffic import reading_for
 from stratocache.fs.attributes import (
     DIRECTORIES,
     DISKS,

@@ -19,11 +19,12 @@ from support.origins import Fault, OriginServer, Resource
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.completion import Completion
 from stratocache.cache.configuration import FetchSettings
-from stratocache.cache.demand import ChunkFetcher, reading_for
+from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.endorsed_index import read_index
 from stratocache.cache.entry import EndorsedIndex
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.origin import Backoff
+from stratocache.cache.traffic import reading_for
 
 IMAGE = some_image(12, tail_bytes=70001, zero=(3, 4))
 DIGESTS = manifest_of(IMAGE)

@@ -56,8 +56,9 @@ def published(folder: Path, nginx: Nginx) -> Published:
 
 def _appliance(tmp_path: Path, published: Published) -> Appliance:
     return Appliance(
-        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint
-    )
+        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
+        extra="fetch.quiet_s = 1",
+    )  # fmt: skip
 
 
 def _launch(appliance: Appliance, published: Published, instance: str) -> Path:

@@ -114,7 +114,7 @@ def test_cancelled_fetch_leaves_nothing(host: Host) -> None:
     async def script(operations: Operations) -> None:
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, operation.id)
-        operations.look()
+        await operations.look()
         ended = await host.end(operation)
         assert ended.state == "cancelled"
 
@@ -139,7 +139,7 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
             await trio.lowlevel.checkpoint()
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, first.id)
-        operations.look()
+        await operations.look()
         assert (await host.end(first)).state == "cancelled"
         assert held.hold is not None
         held.hold.set()
@@ -198,6 +198,40 @@ def test_launch_records_disk_and_attachments_once(host: Host) -> None:
     items = inventory.attachments(host.db, instance="vm1")
     assert [(item.role, item.access) for item in items] == [("boot", "rw"), ("readonly", "ro")]
     assert [disk.uuid for disk in inventory.disks(host.db, ROOT_CALLER)] == [operation.id]
+
+
+def test_launches_of_a_cached_image_are_recorded_together(host: Host) -> None:
+    """Once an image is here, a look records all that want it; one that cannot be leaves nothing."""
+    host.publish()
+    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
+    names = ["vm1", "vm2", "vm3"]
+    launches = [
+        intents.request_launch(
+            host.db, ROOT_CALLER,
+            LaunchRequest(IDENTIFIER, name, size_bytes=512 if name == "vm2" else None),
+        )
+        for name in names
+    ]  # fmt: skip
+    clone = disk_intents.create_disk(host.db, ROOT_CALLER, DiskRequest(reference=IDENTIFIER))
+    absent = intents.request_launch(host.db, ROOT_CALLER, LaunchRequest("local:absent", "vm4"))
+
+    async def script(operations: Operations) -> None:
+        while inventory.launch(host.db, "vm4").state != "ending":
+            await trio.lowlevel.checkpoint()
+
+    host.run(script)
+    found = {disk.uuid for disk in inventory.disks(host.db, ROOT_CALLER)}
+    assert found == {launches[0].id, launches[2].id, clone.subject}
+    states = [inventory.launch(host.db, name).state for name in names]
+    assert states == ["preparing", "ending", "preparing"]
+    held = [len(inventory.attachments(host.db, instance=name)) for name in names]
+    assert held == [1, 0, 1]
+    codes = [
+        (inventory.operation(host.db, item.id).error or {}).get("code")
+        for item in (*launches, absent)
+    ]
+    assert codes[:3] == [None, "size-too-small", None]
+    assert codes[3] is not None
 
 
 def _ending(

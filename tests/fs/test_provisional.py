@@ -97,7 +97,7 @@ def test_a_launch_does_not_wait_for_the_image(host: Host) -> None:
         await _recorded(host)
         image = inventory.image(host.db, IDENTIFIER)
         assert (image.state, image.size_bytes, image.sha256) == ("provisional", len(IMAGE), None)
-        operations.look()
+        await operations.look()
         [fetch] = [item for item in inventory.operations(host.db) if item.kind == "fetch"]
         assert fetch.state in ("pending", "running")
         assert host.resource.blocked is not None
@@ -194,7 +194,7 @@ def test_a_rejected_image_fences_its_disks(host: Host) -> None:
         await _recorded(host)
         await _state(host, "rejected")
         again = _launch(host, "vm2")
-        operations.look()
+        await operations.look()
         await _until(lambda: inventory.operation(host.db, again.id).error is not None)
 
     host.run(script)
@@ -225,7 +225,7 @@ def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:
     async def script(operations: Operations) -> None:
         await _state(host, "provisional")
         intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
-        operations.look()
+        await operations.look()
         assert (await host.end(fetch)).state == "cancelled"
         await _state(host, "deleting")
         assert host.resource.blocked is not None
@@ -246,10 +246,10 @@ def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
 
     async def script(operations: Operations) -> None:
         await _recorded(host)
-        operations.look()
+        await operations.look()
         [fetch] = [item for item in inventory.operations(host.db) if item.kind == "fetch"]
         intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
-        operations.look()
+        await operations.look()
         assert (await host.end(fetch)).state == "cancelled"
         assert host.resource.blocked is not None
         host.resource.blocked.set()
@@ -287,7 +287,7 @@ def test_a_boot_is_learned_and_fetched_first_elsewhere(host: Host) -> None:
         assert host.provisional is not None
         sets = host.provisional.boot_sets
         _launch(host)
-        operations.look()
+        await operations.look()
         await _recorded(host)
         reader = host.images.reader(IDENTIFIER)
         await _until(lambda: reader.trace is not None)

@@ -101,7 +101,7 @@ class LazyHost:
             async with httpx.AsyncClient(trust_env=False) as client, trio.open_nursery() as nursery:
                 fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, self.entries.get,
-                    backoff=Backoff(base_s=0.01, limit_s=0.1), patience=Patience(quiet_s=0.5),
+                    backoff=Backoff(base_s=0.01, limit_s=0.1), patience=Patience(0.5, 15),
                 )  # fmt: skip
                 self.images.set_supplier(fetcher)
                 with trio.fail_after(90):

@@ -24,9 +24,9 @@ from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
-from stratocache.fs import inventory
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.boot_sets import BootSets
+from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
 from stratocache.fs.provisional import ProvisionalImages, entry_finder
 from stratocache.fs.records import Caller, Operation
@@ -95,7 +95,7 @@ class Host:
                 operations = Operations(
                     self.db, acquisition, nursery, lambda: self.woken.append(None)
                 )
-                operations.look()
+                await operations.look()
                 with trio.fail_after(60):
                     await script(operations)
                 nursery.cancel_scope.cancel()
@@ -104,9 +104,7 @@ class Host:
 
     async def end(self, operation: Operation) -> Operation:
         """Wait until an operation has ended."""
-        return await trio.to_thread.run_sync(
-            inventory.wait_for_operation, self.db, operation.id, 60.0
-        )
+        return await trio.to_thread.run_sync(OperationWatch(self.db).wait, operation.id, 60.0)
 
     async def sent(self, held: Fault) -> None:
         """Wait until an answer has been sent up to where it is held."""
