@@ -33,6 +33,7 @@ from stratocache.fs.disks import DiskStore
 from stratocache.fs.fuse_connection import serve_inherited
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
+from stratocache.fs.lio import Lio
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.promotion import Promotion
@@ -42,6 +43,7 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.saving import Saving
 from stratocache.fs.snapshots import Snapshots
 from stratocache.fs.state import Database, record_event
+from stratocache.fs.target import TargetDaemon
 from stratocache.fs.tgt import Tgt
 from stratocache.fs.tree import Tree
 
@@ -104,6 +106,11 @@ class Blockd:
         self._chunks.close()
         self._db.close()
 
+    def _target_daemon(self) -> TargetDaemon:
+        if self._configuration.iscsi.backend == "lio":
+            return Lio(self._directory.lio_control)
+        return Tgt(self._directory.tgt_control)
+
     async def _serve(
         self,
         fuse_fd: int,
@@ -143,7 +150,7 @@ class Blockd:
             self._db,
             self._images,
             self._disks,
-            Tgt(self._directory.tgt_control),
+            self._target_daemon(),
             self.blocks,
             work,
         )

@@ -52,6 +52,11 @@ class RunDirectory:
         """tgtd's management socket: TGT_IPC_SOCKET with the control port, 0, behind it."""
         return self.path / "tgtd.0"
 
+    @property
+    def lio_control(self) -> Path:
+        """The socket of the process that makes LIO's targets."""
+        return self.path / "lio.sock"
+
     def prepare(self, *others: Path | None) -> None:
         """Make what is missing, and the other directories, private ones; change nothing else.
 
@@ -113,5 +118,6 @@ class RunDirectory:
     def remove_sockets(self) -> None:
         """Remove the sockets that dead processes left."""
         lock = self.tgt_control.with_name(self.tgt_control.name + ".lock")
-        for path in (self.api_socket, self.poke_socket, self.tgt_control, lock):
+        sockets = (self.api_socket, self.poke_socket, self.tgt_control, self.lio_control)
+        for path in (*sockets, lock):
             path.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from stratocache.fs.portal import Portal
 from stratocache.fs.processes import Child, Launch
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.standby import Standby
+from stratocache.fs.target_process import Backend, TargetProcess
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Settings:
     address: str = "127.0.0.1"
     port: int = 3260
     tgtd: str = "tgtd"
+    backend: Backend = "tgt"
     log_dir: Path | None = None
 
 
@@ -72,7 +74,14 @@ class Supervisor:
         python = sys.executable
         self._settings = settings
         self._directory = RunDirectory(settings.run_dir)
-        self._portal = Portal(settings.address, settings.port)
+        lio = settings.backend == "lio"
+        self._target = TargetProcess(
+            settings.backend,
+            Portal(settings.address, settings.port),
+            settings.tgtd,
+            self._directory.lio_control if lio else self._directory.tgt_control,
+            self._directory.blocks,
+        )
         self._commands = {
             "blockd": ["stratocache.fs.blockd"],
             "api": [python, "-m", "stratocache.api.server"],
@@ -89,7 +98,7 @@ class Supervisor:
         self._standby = Standby(
             self._children["blockd"], self._children["spare"], self._commands["blockd"]
         )
-        self._holder = Holder(self._children["holder"])
+        self._holder = Holder(self._children["holder"], self._directory.blocks if lio else None)
         self._launch: dict[str, Callable[[], None]] = {
             "blockd": self._start_blockd,
             "spare": self._start_spare,
@@ -115,10 +124,11 @@ class Supervisor:
                 self._pool = Pool.read(settings.state_dir)
                 if self._pool is not None:
                     self._pool.mount()
+                self._target.suspend()
                 unmount_stale(directory.blocks)
                 directory.blocks.mkdir(mode=0o755, exist_ok=True)
                 directory.remove_sockets()
-                self._portal.wait_until_free()
+                self._target.wait_until_free()
                 self._mount = FuseMount(directory.blocks, directory.init_request)
                 self._children["api"].due_at = time.monotonic() + _API_DELAY_S
                 while not self._stopping:
@@ -182,17 +192,11 @@ class Supervisor:
         return ["--config-json", config_json, "--fuse-fd", str(descriptor)], (descriptor,)
 
     def _start_tgtd(self) -> None:
-        if not self._portal.is_free():
+        if not self._target.can_listen():
             self._children["tgtd"].due_at = time.monotonic() + _POLL_INTERVAL_S
             return
         assert self._mount is not None
-        control = self._directory.tgt_control
-        self._children["tgtd"].start(
-            Launch(
-                [self._settings.tgtd, "-f", "--iscsi", f"portal={self._portal}"],
-                {"TGT_IPC_SOCKET": os.fspath(control.with_suffix(""))},
-            )
-        )
+        self._children["tgtd"].start(self._target.launch())
         self._holder.hold(self._mount.descriptor, self._children["tgtd"].pidfd)
 
     def _start_holder(self) -> None:
@@ -236,7 +240,7 @@ class Supervisor:
         if child.name in ("blockd", "spare"):
             return self._standby.is_ready(child)
         if child.name == "tgtd":
-            return _answers(self._directory.tgt_control)
+            return _answers(self._target.control)
         if child.name == "holder":
             return True
         return _answers(self._directory.api_socket)
@@ -285,11 +289,13 @@ class Supervisor:
             else:
                 return
         tgtd = self._children["tgtd"]
+        suspension = self._target.suspend()
         tgtd.send(signal.SIGKILL)  # first: it must not see the errors of the abort
         self._mount.unmount()
         self._mount = None
         if not tgtd.wait(_STOP_TIMEOUT_S):
             log.error("tgtd does not end; its sessions may see errors")
+        suspension.wait(_STOP_TIMEOUT_S)
         unmount_stale(self._directory.blocks)
         self._drop_spare()
         self._mount = FuseMount(self._directory.blocks, self._directory.init_request)
@@ -310,6 +316,7 @@ class Supervisor:
         children = self._children
         children["api"].stop(signal.SIGTERM, _STOP_TIMEOUT_S)
         children["tgtd"].stop(signal.SIGKILL, _STOP_TIMEOUT_S)  # ignores SIGTERM with targets
+        self._target.clear()
         self._drop_spare()
         children["blockd"].stop(signal.SIGTERM, _STOP_TIMEOUT_S)
         if self._mount is not None:
@@ -377,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         address=iscsi["address"],
         port=iscsi["port"],
         tgtd=iscsi["tgtd"],
+        backend=iscsi["backend"],
         log_dir=given.log_dir,
     )
     return run_reporting(Supervisor(settings), configuration["log_level"])
