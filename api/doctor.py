@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -116,7 +116,8 @@ def kernel_finding(name: str, release: str) -> Finding:
 
 def _target(name: str, configuration: Configuration) -> Finding:
     if configuration.iscsi.backend == "lio":
-        return _lio(name)
+        lacking = [module for module in _LIO_MODULES if not _has_module(module)]
+        return lio_finding(name, os.uname().release, lacking)
     wanted = configuration.iscsi.tgtd
     found = _which(wanted)
     if found is None or _which("tgtadm") is None:
@@ -129,16 +130,15 @@ _LIO_MODULES = ("configfs", "target_core_mod", "target_core_file", "iscsi_target
 _TGT_INSTEAD = 'or set iscsi.backend = "tgt"'
 
 
-def _lio(name: str) -> Finding:
-    """Judge whether this kernel has LIO, loading nothing: `serve` does that."""
+def lio_finding(name: str, release: str, missing: Sequence[str]) -> Finding:
+    """Judge a kernel by the modules of LIO that it does not have; `serve` loads those it has."""
     if importlib.util.find_spec("rtslib_fb") is None:
         mend = f"Install stratocache[lio] (the package rtslib-fb), {_TGT_INSTEAD}."
         return Finding(name, Verdict.FAIL, "LIO: the library rtslib_fb is missing", mend)
-    missing = [module for module in _LIO_MODULES if not _has_module(module)]
     if missing:
         mend = f"Use a kernel with them (Debian's linux-image-amd64), {_TGT_INSTEAD}."
         return Finding(name, Verdict.FAIL, f"LIO: no module {', '.join(missing)}", mend)
-    return Finding(name, Verdict.OK, f"LIO of Linux {os.uname().release}")
+    return Finding(name, Verdict.OK, f"LIO of Linux {release}")
 
 
 def _has_module(module: str) -> bool:

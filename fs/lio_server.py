@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -182,14 +183,15 @@ def sessions(number: int) -> Iterator[Session]:
     """Yield who is logged in; the kernel tells the addresses of bound initiators only."""
     iqns = [item.iqn for item in targets() if item.number == number]
     for group in (ISCSI / iqn / GROUP for iqn in iqns):
-        names = [(name, "") for name in _read(group / "dynamic_sessions").split("\n") if name]
+        lines = re.split(r"[\0\n]+", _read(group / "dynamic_sessions"))
+        names = [(name, "") for name in lines if name]
         for acl in sorted(group.glob("acls/*")):
             lines = _read(acl / "info").split("\n")
             if not lines[0].startswith("No active"):
                 address = next((line.split()[1] for line in lines if "Address" in line), "")
                 names.append((acl.name, address))
         for count, (name, address) in enumerate(names, start=1):
-            yield Session(count, 0, name.strip("\0"), address)
+            yield Session(count, 0, name, address)
 
 
 def _secret(target: Target) -> str:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stratocache.api.open_iscsi import Device, Node
+from stratocache.fs.target import LUN
 from support import appliance as appliances
 from support.appliance import Appliance
 from support.kernel_guest import DATA
@@ -27,7 +29,13 @@ _writers: dict[str, "Writer"] = {}
 
 
 def prepare() -> None:
-    """Start udev, name the initiator, and put a script before iscsiadm that notes what it is told."""
+    """Start udev, name the initiator, and put a script before iscsiadm that notes what it is told.
+
+    What is done already stays.
+    """
+    if COMMANDS.exists():
+        return
+    COMMANDS.touch()
     subprocess.run(["/lib/systemd/systemd-udevd", "--daemon"], check=True, timeout=_TIMEOUT_S)
     Path("/etc/iscsi/initiatorname.iscsi").write_text(f"InitiatorName={INITIATOR}\n")
     Path("/etc/iscsi/iscsid.conf").write_text("node.startup = manual\n")
@@ -36,8 +44,16 @@ def prepare() -> None:
     shim.write_text(f'#!/bin/sh\necho "$*" >> {COMMANDS}\nexec /usr/sbin/iscsiadm "$@"\n')
     shim.chmod(0o755)
     os.environ["PATH"] = f"{shim.parent}:{os.environ['PATH']}"
-    appliances.START_TIMEOUT_S = int(_TIMEOUT_S)
-    appliances.STOP_TIMEOUT_S = int(_TIMEOUT_S)
+
+
+def log_in(iqn: str, address: str, port: int, username: str, secret: str) -> Device:
+    """Log in to a target's logical unit."""
+    return Node(iqn, address, port, LUN).log_in(username, secret)
+
+
+def log_out(iqn: str, address: str, port: int) -> None:
+    """Log out of it."""
+    Node(iqn, address, port, LUN).log_out()
 
 
 def start_iscsid() -> None:
@@ -54,6 +70,8 @@ def start_appliance(backend: str, endpoint: str, fingerprint: str) -> None:
         "STRATOCACHE_ISCSI__PORT": str(PORT),
         "STRATOCACHE_API__WORKERS": "1",
     }
+    appliances.START_TIMEOUT_S = int(_TIMEOUT_S)
+    appliances.STOP_TIMEOUT_S = int(_TIMEOUT_S)
     new = Appliance(DATA / backend, endpoint=endpoint, fingerprint=fingerprint)
     new.start()
     _running[backend] = new
@@ -100,6 +118,11 @@ def records() -> dict[str, tuple[int, str]]:
     """Return open-iscsi's node records: path → mode and text."""
     found = [path for path in _RECORDS.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mode & 0o777, path.read_text()) for path in found}
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    return Path(path).exists()
 
 
 def logged_in() -> bool:

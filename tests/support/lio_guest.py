@@ -113,6 +113,16 @@ def allocated_bytes(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
+def backstores() -> list[Path]:
+    """Return the directories of our files in configfs."""
+    return list(lio_switch.backstores())
+
+
+def suspend(folder: Path) -> None:
+    """Suspend the targets on files of a folder, and wait until it is done."""
+    assert lio_switch.suspend(folder).wait(_START_TIMEOUT_S)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file of configfs."""
     path.write_text(text)

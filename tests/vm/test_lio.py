@@ -4,7 +4,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from support import lio_guest
@@ -14,7 +13,6 @@ from support.lio_guest import MIB, LioBench
 
 from stratocache.cache.errors import Internal, InvalidInput
 from stratocache.fs import lio_switch
-from stratocache.fs.target import Target
 
 pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
@@ -79,13 +77,9 @@ def test_write_cache_is_announced(bench: LioBench) -> None:
     target = bench.target()
     bench.create(target)
 
-    (file,) = bench.call(_backstores)
+    (file,) = bench.call(lio_guest.backstores)
     assert bench.call(lio_guest.read_text, file / "attrib/emulate_write_cache") == "1"
     assert "Buffered-WCE" in bench.call(lio_guest.read_text, file / "info")
-
-
-def _backstores() -> list[Path]:
-    return list(lio_switch.backstores())
 
 
 def test_initiator_binding_refuses_other_names(bench: LioBench) -> None:
@@ -154,7 +148,7 @@ def test_removal_under_load(bench: LioBench) -> None:
             load.kill()
 
     assert bench.call(lio_guest.list_targets) == {}
-    assert bench.call(_backstores) == []
+    assert bench.call(lio_guest.backstores) == []
 
 
 def test_recreated_target_is_the_same_to_its_guest(bench: LioBench) -> None:
@@ -215,7 +209,6 @@ def test_difference_is_seen_and_repaired(bench: LioBench) -> None:
     }
     for name, value in changes.items():
         initiator = bench.create(target)
-        assert bench.call(lio_guest.list_targets)[1].matches(target)
         bench.call(lio_guest.write_text, group / name, value)
         assert not bench.call(lio_guest.list_targets)[1].matches(target), name
     bench.create(target)
@@ -248,7 +241,7 @@ def test_suspended_targets_are_those_below_a_folder(bench: LioBench) -> None:
     with Guest(outside) as guest:
         guest.round()
         started = time.monotonic()
-        bench.call(_suspend, below)
+        bench.call(lio_guest.suspend, below.backing.parent)
         assert time.monotonic() - started < 20
         _, longest = guest.rounds(0.3)
         assert longest < 0.9
@@ -256,10 +249,6 @@ def test_suspended_targets_are_those_below_a_folder(bench: LioBench) -> None:
     assert inside.io("read 0 512").returncode != 0
     assert outside.io("read 0 512").returncode == 0
     assert not bench.call(lio_guest.list_targets)[1].matches(below)
-
-
-def _suspend(target: Target) -> None:
-    assert lio_switch.suspend(target.backing.parent).wait(20)
 
 
 def test_missing_file_leaves_no_target(bench: LioBench) -> None:

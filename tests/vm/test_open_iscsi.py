@@ -1,188 +1,208 @@
-"""`disk attach --open-iscsi` on a real host: Debian's kernel, iscsid and udev, in a guest."""
+"""The kernel initiator of Debian's kernel, iscsid and udev, in a guest, on this machine's appliance."""
 
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import pytest
 from support import initiator_guest as inside
+from support.appliance import Appliance
 from support.kernel_guest import KernelGuest
 from support.publishing import Published, publish_image
 
-pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
+from stratocache.api.open_iscsi import Device
+from stratocache.cache.errors import Conflict, Refused, Unreachable
+
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
 MIB = 1024**2
 BASE_BYTES = 4 * MIB
 DISK_BYTES = 32 * MIB
 GROWN_BYTES = 48 * MIB
+_HOST = "10.0.2.2"
+"""What the guest's network calls this machine."""
 _ROUNDS_TIMEOUT_S = 120.0
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 @dataclass
-class Host:
-    """The guest as the physical host that it plays."""
+class Bench:
+    """The appliance here, the initiator there."""
 
     guest: KernelGuest
-    backend: str
+    appliance: Appliance
     published: Published
 
-    def call(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
-        """Call a function in the guest."""
-        return self.guest.call(function, *arguments, **named)
+    def attached(self, form: str) -> tuple[str, dict[str, Any]]:
+        """Create a disk and attach it; return its UUID and the attachment."""
+        base = {"reference": self.published.identifier} if form == "overlay" else {}
+        status, disk = self.appliance.request(
+            "POST", "/v1/disks", {**base, "size_bytes": DISK_BYTES}
+        )
+        assert status == 201, disk
+        uuid: str = disk["uuid"]
+        wanted = {"instance": "there", "initiator": inside.INITIATOR}
+        status, attachment = self.appliance.request("POST", f"/v1/disks/{uuid}/attachments", wanted)
+        assert status == 201, attachment
+        return uuid, attachment
 
-    def command(self, line: str) -> Any:
-        """Run a `stratocache` command, which must succeed."""
-        status, document = self.call(inside.command, self.backend, line)
-        assert status == 0, f"{line}: {document}\n{self.call(inside.log, self.backend)}"
-        return document
+    def log_in(self, attachment: dict[str, Any], secret: str | None = None) -> Device:
+        """Log in to an attachment."""
+        chap = attachment["chap"]
+        return self.guest.call(
+            inside.log_in, attachment["target_iqn"], _HOST, self.appliance.port,
+            chap["username"], secret or chap["secret"],
+        )  # fmt: skip
 
-    def failing_command(self, line: str) -> tuple[int, str]:
-        """Run a `stratocache` command, which must fail; return its status and code."""
-        status, document = self.call(inside.command, self.backend, line)
-        assert status != 0, document
-        return status, document["code"]
+    def log_out(self, attachment: dict[str, Any]) -> None:
+        """Log out of an attachment."""
+        self.guest.call(inside.log_out, attachment["target_iqn"], _HOST, self.appliance.port)
 
-    def disk(self, form: str) -> str:
-        """Create a disk and return its UUID."""
-        base = f"--reference {self.published.identifier} " if form == "overlay" else ""
-        uuid: str = self.command(f"disk create {base}--size {DISK_BYTES}")["uuid"]
-        return uuid
+    def remove(self, uuid: str, attachment: dict[str, Any]) -> None:
+        """Detach and delete a disk."""
+        path = f"/v1/disks/{uuid}"
+        for gone in (f"{path}/attachments/{attachment['id']}", path):
+            status, answer = self.appliance.request("DELETE", gone)
+            assert status in (200, 204), answer
 
 
 @pytest.fixture(scope="module")
-def physical_host(kernel_guest: KernelGuest, tmp_path_factory: pytest.TempPathFactory) -> Published:
-    """The guest with udev and a name, and an image that it can fetch."""
+def bench(kernel_guest: KernelGuest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """An appliance with an image, and the guest with a named initiator but without iscsid."""
     published = publish_image(tmp_path_factory.mktemp("published"), BASE_BYTES)
     kernel_guest.call(inside.prepare)
-    return published
-
-
-@pytest.fixture(scope="module", params=["tgt", "lio"])
-def host(
-    request: pytest.FixtureRequest, kernel_guest: KernelGuest, physical_host: Published
-) -> Iterator[Host]:
-    """An appliance in the guest with each back end."""
-    backend: str = request.param
-    published = physical_host
-    kernel_guest.call(inside.start_appliance, backend, published.endpoint, published.fingerprint)
-    yield Host(kernel_guest, backend, published)
-    kernel_guest.call(inside.stop_appliance, backend)
-    assert list(kernel_guest.call(_targets_of_the_kernel)) == []
-
-
-def _targets_of_the_kernel() -> list[str]:
-    return [path.name for path in Path("/sys/kernel/config/target/iscsi").glob("iqn*")]
-
-
-def test_without_iscsid_nothing_is_left(host: Host) -> None:
-    """A login without the daemon is refused with its code, and leaves no attachment and no record."""
-    if host.backend == "lio":  # it runs since the other back end's tests
-        host.guest.run("iscsiadm", "-k", "0")
-    uuid = host.disk("raw")
-
-    failure = host.failing_command(f"disk attach {uuid} --instance here --open-iscsi")
-
-    assert failure == (10, "iscsid-not-running")
-    assert host.command(f"disk show {uuid}")["attached_to"] == []
-    assert host.call(inside.records) == {}
-    host.command(f"disk rm {uuid}")
+    with Appliance(
+        tmp_path_factory.mktemp("appliance"),
+        endpoint=published.endpoint,
+        fingerprint=published.fingerprint,
+    ) as appliance:
+        yield Bench(kernel_guest, appliance, published)
 
 
 @pytest.fixture(scope="module")
-def iscsid(host: Host) -> Host:
-    """The same host with open-iscsi's daemon."""
-    host.call(inside.start_iscsid)
-    return host
+def iscsid(bench: Bench) -> Bench:
+    """The same with open-iscsi's daemon, after its absence has been seen."""
+    uuid, attachment = bench.attached("raw")
+    with pytest.raises(Unreachable) as caught:
+        bench.log_in(attachment)
+    assert caught.value.code == "iscsid-not-running"
+    assert bench.guest.call(inside.records) == {}
+    bench.remove(uuid, attachment)
+    bench.guest.call(inside.start_iscsid)
+    return bench
 
 
 @pytest.mark.parametrize("form", ["raw", "overlay"])
-def test_disk_comes_grows_and_goes(iscsid: Host, form: str) -> None:
+def test_device_comes_grows_and_goes(iscsid: Bench, form: str) -> None:
     """The device has its by-path name, keeps what is written, sees the growth, and is gone after."""
-    host = iscsid
-    uuid = host.disk(form)
-    attach = f"disk attach {uuid} --instance here --open-iscsi"
-    shown = host.command(attach)
-    device = shown["device"]
-    expected = f"/dev/disk/by-path/ip-127.0.0.1:3260-iscsi-{shown['target_iqn']}-lun-1"
-    assert device == expected
-    assert shown["initiator"] == inside.INITIATOR
-    assert "chap" not in shown
-    assert host.call(inside.size_bytes, device) == DISK_BYTES
-    again = host.command(attach)
-    assert (again["device"], again["id"]) == (device, shown["id"])
+    bench, guest = iscsid, iscsid.guest
+    uuid, attachment = bench.attached(form)
+    shown = bench.log_in(attachment)
+    where = f"ip-{_HOST}:{bench.appliance.port}-iscsi-{attachment['target_iqn']}-lun-1"
+    assert shown.path == f"/dev/disk/by-path/{where}"
+    assert guest.call(inside.size_bytes, shown.path) == DISK_BYTES
+    assert bench.log_in(attachment) == shown
 
-    host.call(inside.write_blocks, device, 7, 2048)
-    assert host.call(inside.read_block, device, 2047) == b"\x07" * 4096
+    guest.call(inside.write_blocks, shown.path, 7, 2048)
+    assert guest.call(inside.read_block, shown.path, 2047) == b"\x07" * 4096
     if form == "raw":
-        before = host.call(inside.allocated_bytes, host.backend, uuid)
-        host.guest.run("blkdiscard", "--offset", "0", "--length", str(4 * MIB), device)
-        assert before - host.call(inside.allocated_bytes, host.backend, uuid) == 4 * MIB
-        assert host.call(inside.read_block, device, 0) == bytes(4096)
+        file = bench.appliance.state_dir / "disks" / uuid / "data"
+        before = file.stat().st_blocks * 512
+        guest.run("blkdiscard", "--offset", "0", "--length", str(4 * MIB), shown.path)
+        assert before - file.stat().st_blocks * 512 == 4 * MIB
+        assert guest.call(inside.read_block, shown.path, 0) == bytes(4096)
 
-    host.command(f"disk resize {uuid} {GROWN_BYTES}")
-    host.call(inside.wait_for_size, device, GROWN_BYTES)
-    assert host.call(inside.read_block, device, 2047) == b"\x07" * 4096
-    assert host.call(inside.read_block, device, GROWN_BYTES // 4096 - 1) == bytes(4096)
+    status, answer = bench.appliance.request(
+        "PATCH", f"/v1/disks/{uuid}", {"size_bytes": GROWN_BYTES}
+    )
+    assert status in (200, 202), answer
+    guest.call(inside.wait_for_size, shown.path, GROWN_BYTES)
+    assert guest.call(inside.read_block, shown.path, 2047) == b"\x07" * 4096
+    assert guest.call(inside.read_block, shown.path, GROWN_BYTES // 4096 - 1) == bytes(4096)
 
-    _check_secrets(host)
-    host.guest.run("mkfs.ext4", "-q", device)
-    host.guest.run("mount", device, "/mnt")
-    detach = f"disk detach {uuid} --instance here --open-iscsi"
-    assert host.failing_command(detach) == (4, "device-in-use")
-    host.guest.run("umount", "/mnt")
-    host.command(detach)
-    assert not host.call(inside.logged_in)
-    assert host.call(inside.records) == {}
-    assert not host.call(_exists, device)
-    host.command(detach)
-    host.command(f"disk rm {uuid}")
+    bench.log_out(attachment)
+    assert not guest.call(inside.logged_in)
+    assert guest.call(inside.records) == {}
+    assert not guest.call(inside.exists, shown.path)
+    bench.log_out(attachment)
+    bench.remove(uuid, attachment)
 
 
-def _exists(path: str) -> bool:
-    return Path(path).exists()
+def test_secret_is_in_the_record_only(iscsid: Bench) -> None:
+    """The secret is in a file that only root reads, and was on no command line of iscsiadm."""
+    uuid, attachment = iscsid.attached("raw")
+    iscsid.log_in(attachment)
 
-
-def _check_secrets(host: Host) -> None:
-    """The secret is in the record, which only root reads, and was on no command line."""
-    ((mode, text),) = host.call(inside.records).values()
+    ((mode, text),) = iscsid.guest.call(inside.records).values()
     lines = dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
-    secret = lines["node.session.auth.password"]
-    assert len(secret) >= 12
     assert mode == 0o600
+    assert lines["node.session.auth.password"] == attachment["chap"]["secret"]
     assert lines["node.startup"] == "manual"
     assert lines["node.session.timeo.replacement_timeout"] == "-1"
-    commands = host.guest.run("cat", str(inside.COMMANDS))
+    commands = iscsid.guest.run("cat", str(inside.COMMANDS))
     assert "--login" in commands
-    assert secret not in commands
-    assert secret not in host.call(inside.log, host.backend)
+    assert attachment["chap"]["secret"] not in commands
+
+    iscsid.log_out(attachment)
+    iscsid.remove(uuid, attachment)
+
+
+def test_wrong_secret_leaves_nothing(iscsid: Bench) -> None:
+    """A login that is refused is told as such, and no session and no record stay."""
+    uuid, attachment = iscsid.attached("raw")
+
+    with pytest.raises(Refused) as caught:
+        iscsid.log_in(attachment, "not-the-secret-at-all")
+
+    assert caught.value.code == "login-refused"
+    assert not iscsid.guest.call(inside.logged_in)
+    assert iscsid.guest.call(inside.records) == {}
+    iscsid.remove(uuid, attachment)
+
+
+def test_mounted_device_stays(iscsid: Bench) -> None:
+    """Logging out is refused while a file system of the device is mounted, and works after."""
+    uuid, attachment = iscsid.attached("raw")
+    device = iscsid.log_in(attachment)
+    iscsid.guest.run("mkfs.ext4", "-q", device.path)
+    iscsid.guest.run("mount", device.path, "/mnt")
+
+    with pytest.raises(Conflict) as caught:
+        iscsid.log_out(attachment)
+
+    assert caught.value.code == "device-in-use"
+    iscsid.guest.run("umount", "/mnt")
+    iscsid.log_out(attachment)
+    iscsid.remove(uuid, attachment)
 
 
 @pytest.mark.parametrize("form", ["raw", "overlay"])
-def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
-    """The device of this host sees no error when `blockd`, or everything of ours, is killed."""
-    host = iscsid
-    uuid = host.disk(form)
-    device = host.command(f"disk attach {uuid} --instance here --open-iscsi")["device"]
-    host.call(inside.start_writing, device)
-    _more_rounds(host, device)
-    host.call(inside.kill, host.backend, "stratocache.fs.blockd")
-    _more_rounds(host, device)
-    host.call(inside.kill, host.backend)
-    _more_rounds(host, device)
-    rounds, longest_s = host.call(inside.stop_writing, device)
-    print(f"{host.backend} {form}: {rounds} rounds, longest {longest_s:.1f} s")
+def test_deaths_are_pauses(iscsid: Bench, form: str) -> None:
+    """The device sees no error when `blockd`, tgtd, or everything of ours is killed."""
+    bench, guest = iscsid, iscsid.guest
+    uuid, attachment = bench.attached(form)
+    device = bench.log_in(attachment).path
+    guest.call(inside.start_writing, device)
+    _more_rounds(bench, device)
+    for name in ("stratocache.fs.blockd", "tgtd -f"):
+        for pid in bench.appliance.pids(name):
+            os.kill(pid, signal.SIGKILL)
+        _more_rounds(bench, device)
+    bench.appliance.kill()
+    bench.appliance.start()
+    _more_rounds(bench, device)
+    rounds, longest_s = guest.call(inside.stop_writing, device)
+    print(f"{form}: {rounds} rounds, longest {longest_s:.1f} s")
 
-    host.command(f"disk detach {uuid} --open-iscsi")
-    host.command(f"disk rm {uuid}")
+    bench.log_out(attachment)
+    bench.remove(uuid, attachment)
 
 
-def _more_rounds(host: Host, device: str) -> None:
-    before = host.call(inside.rounds_written, device)
+def _more_rounds(bench: Bench, device: str) -> None:
+    before = bench.guest.call(inside.rounds_written, device)
     deadline = time.monotonic() + _ROUNDS_TIMEOUT_S
-    while host.call(inside.rounds_written, device) < before + 3:
-        assert time.monotonic() < deadline, host.call(inside.log, host.backend)
+    while bench.guest.call(inside.rounds_written, device) < before + 3:
+        assert time.monotonic() < deadline, bench.appliance.log.read_text()[-4000:]
         time.sleep(0.1)
