@@ -5,6 +5,7 @@ import mmap
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -21,8 +22,9 @@ from support.lio_guest import PORT
 INITIATOR = "iqn.1993-08.org.debian:01:kernel-guest"
 COMMANDS = Path("/run/iscsiadm.log")
 """Every command line of iscsiadm since the guest was booted."""
+_DAEMON_LOG = Path("/run/iscsid.log")
 _RECORDS = Path("/etc/iscsi/nodes")
-_TIMEOUT_S = 240.0
+_TIMEOUT_S = 480.0
 _BLOCK_BYTES = 4096
 _running: dict[str, Appliance] = {}
 _writers: dict[str, "Writer"] = {}
@@ -59,7 +61,30 @@ def log_out(iqn: str, address: str, port: int) -> None:
 def start_iscsid() -> None:
     """Start open-iscsi's daemon."""
     subprocess.run(["modprobe", "iscsi_tcp"], check=True, timeout=_TIMEOUT_S)
-    subprocess.run(["iscsid"], check=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
+    with _DAEMON_LOG.open("ab") as log:
+        subprocess.Popen(
+            ["iscsid", "-f", "-d", "1"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not _daemon_listens():
+        assert time.monotonic() < deadline, _DAEMON_LOG.read_text()
+        time.sleep(0.05)
+
+
+def _daemon_listens() -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex("\0ISCSIADM_ABSTRACT_NAMESPACE") == 0
+
+
+def initiator_state() -> str:
+    """Return what the initiator's side says, for messages."""
+    states = [
+        f"{path}: {path.read_text().strip()}"
+        for pattern in ("iscsi_session/session*/state", "block/sd*/device/state")
+        for path in Path("/sys/class").glob(pattern)
+    ]
+    kernel = subprocess.run(["dmesg"], check=False, capture_output=True, text=True).stdout
+    return "\n".join([*states, kernel[-2000:], _DAEMON_LOG.read_text()[-3000:]])
 
 
 def start_appliance(backend: str, endpoint: str, fingerprint: str) -> None:

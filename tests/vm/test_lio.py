@@ -14,7 +14,7 @@ from support.lio_guest import MIB, LioBench
 from stratocache.cache.errors import Internal, InvalidInput
 from stratocache.fs import lio_switch
 
-pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
