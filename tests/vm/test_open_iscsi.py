@@ -24,7 +24,7 @@ DISK_BYTES = 32 * MIB
 GROWN_BYTES = 48 * MIB
 _HOST = "10.0.2.2"
 """What the guest's network calls this machine."""
-_ROUNDS_TIMEOUT_S = 120.0
+_ROUNDS_TIMEOUT_S = 200.0
 
 
 @dataclass
