@@ -84,7 +84,7 @@ class KernelGuest:
         )
         arguments = [
             "-smp", "2", "-kernel", str(kernel), "-initrd", str(initramfs),
-            "-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on",
+            "-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on no_timer_check",
             "-netdev", f"user,id=net{rules}", "-device", "virtio-net-pci,netdev=net,romfile=",
             *_shared("host", Path("/")), *_shared("layer", layer),
             "-drive", f"if=none,id=data,format=raw,discard=unmap,file={data}",
