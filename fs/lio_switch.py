@@ -23,6 +23,7 @@ GROUP = "tpgt_1"
 BACKSTORE_PREFIX = "stratocache-"
 
 _SUSPEND_S = 1.0
+_FIRST_DESCRIPTOR = 3  # after the standard ones
 _POLL_INTERVAL_S = 0.005
 
 
@@ -124,6 +125,8 @@ def _write_apart(path: Path, text: str) -> int:
         return pid
     try:
         signal.set_wakeup_fd(-1)
+        # it may have to wait for the end of the very FUSE connection that it would hold
+        os.closerange(_FIRST_DESCRIPTOR, os.sysconf("SC_OPEN_MAX"))
         path.write_text(text)
     finally:
         os._exit(0)
