@@ -52,6 +52,7 @@ bench: test-tools ## measure, print the table, write build/bench.json (root)
 crash: test-tools ## run the crash tests with every case; takes hours (root)
 	@CRASH_HISTORIES=$${CRASH_HISTORIES:-10000} CRASH_ROUNDS=$${CRASH_ROUNDS:-200} \
 		CRASH_CUTS=$${CRASH_CUTS:-200} ATTACH_RACES=$${ATTACH_RACES:-1000} \
+		ATTACHMENT_HISTORIES=$${ATTACHMENT_HISTORIES:-2000} TGT_HISTORIES=$${TGT_HISTORIES:-50} \
 		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py -s \
 		-o python_files="test_*.py physical_host.py" -o faulthandler_timeout=0 $(ARGS)
 

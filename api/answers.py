@@ -24,8 +24,7 @@ def show(response: falcon.Response, view: Representation, *, created_at: str | N
     if created_at is not None:
         response.location = created_at
     response.content_type = falcon.MEDIA_JSON
-    response.data = view.to_json()
-    response.etag = view.etag
+    response.data, response.etag = view.to_json_and_etag()
 
 
 def show_page(

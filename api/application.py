@@ -15,7 +15,7 @@ from stratocache.api.resources.disks import (
 )
 from stratocache.api.resources.health import Index, Liveness, Readiness
 from stratocache.api.resources.images import ImageCollection, ImageItem, ImagePin
-from stratocache.api.resources.launches import LaunchCollection, LaunchItem
+from stratocache.api.resources.launches import LaunchCollection, LaunchItem, LaunchLease
 from stratocache.api.resources.operations import OperationCollection, OperationItem
 from stratocache.api.resources.snapshots import (
     DiskSave,
@@ -69,11 +69,15 @@ def create_app(
     app.add_route(snapshots + "/{snapshot_id}", SnapshotItem(service))
     app.add_route(snapshots + "/{snapshot_id}/rollback", SnapshotRollback(service))
     app.add_route(attachments, AttachmentCollection(service))
-    app.add_route(attachments + "/{attachment_id}", AttachmentItem(service))
+    attachment = AttachmentItem(service)
+    app.add_route(attachments + "/{attachment_id}", attachment)
+    for suffix in ("migrate", "complete", "lease"):
+        app.add_route(f"{attachments}/{{attachment_id}}/{suffix}", attachment, suffix=suffix)
     app.add_route("/v1/cache", CacheStatus(service))
     app.add_route("/v1/cache/plan", CachePlan(service))
     app.add_route("/v1/launches", LaunchCollection(service))
     app.add_route("/v1/launches/{instance}", LaunchItem(service))
+    app.add_route("/v1/launches/{instance}/lease", LaunchLease(service))
     app.add_route("/v1/operations", OperationCollection(service))
     app.add_route("/v1/operations/{operation_id}", OperationItem(service))
     return app

@@ -78,9 +78,9 @@ class Client:
         """POST a document."""
         return self._call("POST", path, parameters, body)
 
-    def put(self, path: str) -> Document:
-        """PUT without a body."""
-        return self._call("PUT", path, {})
+    def put(self, path: str, body: Document | None = None, **parameters: str | float) -> Document:
+        """PUT a document, or nothing."""
+        return self._call("PUT", path, parameters, body)
 
     def patch(self, path: str, body: Document, **parameters: str | float) -> Document:
         """PATCH with the fields to change."""

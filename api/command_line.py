@@ -20,9 +20,11 @@ from stratocache.cache.errors import Cancelled, Internal, InvalidInput, Stratoca
 
 _COMMANDS = {
     "serve": ("stratocache.api.serve_command", "Run the daemon."),
+    "upgrade": ("stratocache.api.upgrade_command", "Let the daemon go on with this code."),
     "doctor": ("stratocache.api.doctor_command", "Check this host and say how to mend it."),
     "launch": ("stratocache.api.launch_commands", "Prepare a reference's disks for a VM."),
     "halt": ("stratocache.api.launch_commands", "End a launch: detach everything."),
+    "lease": ("stratocache.api.launch_commands", "Let an instance have its disks for longer."),
     "image": ("stratocache.api.image_commands", "Cached images."),
     "disk": ("stratocache.api.disk_commands", "Persistent disks."),
     "cache": ("stratocache.api.cache_commands", "Space, and what holds it."),

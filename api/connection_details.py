@@ -40,10 +40,9 @@ class ConnectionDetails:
         """The iSCSI name of the attachment's own target."""
         return iqn_of(self.attachment.id)
 
-    @property
-    def iscsi_url(self) -> str:
-        """`iscsi://user%secret@host:port/iqn/lun`, as libiscsi reads it."""
-        username, secret = self.attachment.chap_username, self.attachment.chap_secret
+    def iscsi_url(self, secret: str) -> str:
+        """Return `iscsi://user%secret@host:port/iqn/lun`, as libiscsi reads it."""
+        username = self.attachment.chap_username
         assert _PLAIN.fullmatch(username)
         assert _PLAIN.fullmatch(secret)
         return f"iscsi://{username}%{secret}@{self.portal}/{self.target_iqn}/{LUN}"

@@ -7,6 +7,15 @@ from urllib.parse import quote
 import click
 
 from stratocache.api import hot_plug
+from stratocache.api.attachment_commands import (
+    epoch_option,
+    epoch_parameter,
+    find_attachment,
+    lease,
+    lease_option,
+    migrate,
+    require_epoch,
+)
 from stratocache.api.cache_commands import promise_line
 from stratocache.api.check_commands import check
 from stratocache.api.content_commands import download, import_options, upload
@@ -44,6 +53,8 @@ def disk() -> None:
 
 disk.add_command(check)
 disk.add_command(download)
+disk.add_command(lease)
+disk.add_command(migrate)
 disk.add_command(upload)
 for command in (hydrate, resize, restore, rollback, save, snapshot, snapshot_rm, snapshots):
     disk.add_command(command)
@@ -90,7 +101,7 @@ def ls(session: Session, tag: str | None, owner: str | None) -> None:
         session.client.items("/v1/disks", "disks", **chosen),
         {
             "UUID": lambda item: item["uuid"],
-            "STATE": lambda item: item["state"],
+            "STATE": lambda item: "problem" if item["problems"] else item["state"],
             "SIZE": lambda item: format_size(item["size_bytes"]),
             "FORM": lambda item: item["form"],
             "OWNER": lambda item: item["owner"],
@@ -140,6 +151,7 @@ def change(session: Session, /, uuid: str, **wanted: str | None) -> None:
 @click.option("--instance", required=True, help="Id of the VM that will use it.")
 @click.option("--access", type=click.Choice(["rw", "ro"]), default="rw", show_default=True)
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
+@lease_option
 @machine_options
 @open_iscsi_option
 @click.option(
@@ -158,7 +170,7 @@ def attach(
     timeout_s: int | None,
     bus: "Bus | None",
     open_iscsi: bool,
-    **wanted: str | None,
+    **wanted: Any,
 ) -> None:
     """Export a disk over iSCSI to an instance and write how to reach it.
 
@@ -189,6 +201,8 @@ def _export(session: Session, uuid: str, body: "Document") -> "Document":
 @disk.command()
 @click.argument("uuid")
 @click.option("--instance", help="Needed when several instances have it.")
+@click.option("--force", is_flag=True, help="Cut it off, proven: nobody can use it after that.")
+@epoch_option
 @machine_options
 @open_iscsi_option
 @json_option
@@ -197,13 +211,15 @@ def detach(
     session: Session,
     uuid: str,
     instance: str | None,
+    force: bool,
+    epoch: int | None,
     qmp: Path | None,
     domain: str | None,
     libvirt: str | None,
     timeout_s: int | None,
     open_iscsi: bool,
 ) -> None:
-    """End the export of a disk to an instance.
+    """End the export of a disk to an instance; who is logged in is logged out.
 
     With --qmp or --domain the disk is unplugged from that running machine first; when its guest
     does not let it go, it stays attached. A machine that has ended is fine. With --open-iscsi this
@@ -212,32 +228,17 @@ def detach(
     place = place_of(qmp, domain, libvirt, timeout_s)
     if open_iscsi:
         refuse_both(place)
-        if not log_out_here(session, _path(uuid), instance):
+        if not log_out_here(session, _path(uuid), instance, epoch):
             session.show({"detached": uuid}, f"Disk {uuid} is not attached.")
             return
-    attachment = _attachment(session, uuid, instance)
+    attachment = find_attachment(session, uuid, instance)
+    require_epoch(attachment, epoch)
     shown = {"detached": uuid, "instance": attachment["instance"]}
     if place is not None:
         shown["unplugged"] = hot_plug.unplug(attachment, place)
-    session.remove(f"{_path(uuid)}/attachments/{attachment['id']}", "detach")
+    parameters = {**epoch_parameter(epoch), **({"force": "true"} if force else {})}
+    session.remove(f"{_path(uuid)}/attachments/{attachment['id']}", "detach", **parameters)
     session.show(shown, f"Disk {uuid} is detached from {attachment['instance']}.")
-
-
-def _attachment(session: Session, uuid: str, instance: str | None) -> "Document":
-    from stratocache.cache.errors import InvalidInput, NotFound
-
-    held = session.client.items(f"{_path(uuid)}/attachments", "attachments")
-    found = [item for item in held if instance in (None, item["instance"])]
-    if not found:
-        where = "to anything" if instance is None else f"to {instance}"
-        raise NotFound("attachment-unknown", f"Disk {uuid} is not attached {where}.")
-    if len(found) > 1:
-        raise InvalidInput(
-            "attachment-ambiguous",
-            f"Disk {uuid} is attached {len(found)} times; say which with --instance.",
-            field="instance",
-        )
-    return found[0]
 
 
 def _path(uuid: str) -> str:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from stratocache.api.identity import group_id
+from stratocache import __version__
 from stratocache.api.sizes import format_size
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs import lio_switch, reflink
+from stratocache.fs.listener import group_id
 from stratocache.fs.pool import Pool
+from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.supervisor_status import State, read_status
 
 
 class Verdict(StrEnum):
@@ -355,6 +358,24 @@ def _listens(path: Path) -> bool:
     return True
 
 
+def _daemon(name: str, configuration: Configuration) -> Finding:
+    status = read_status(RunDirectory(configuration.run_dir).supervisor_status)
+    if status is None:
+        return Finding(name, Verdict.OK, "not running")
+    detail = f"version {status.version}, process {status.pid}, {status.state}"
+    if status.state is State.FROZEN:
+        return Finding(
+            name, Verdict.FAIL, f"{detail}: blockd crashes again and again, guests wait",
+            "See the log, install a version that works, then `stratocache upgrade`.",
+        )  # fmt: skip
+    if status.version != __version__:
+        return Finding(
+            name, Verdict.WARN, f"{detail}; this is version {__version__}",
+            "`stratocache upgrade` lets the daemon go on with this version.",
+        )  # fmt: skip
+    return Finding(name, Verdict.OK, detail)
+
+
 def _existing(path: Path) -> Path:
     """Return the path, or its nearest parent that exists."""
     return next(found for found in _upwards(path.absolute()) if found.exists())
@@ -379,4 +400,5 @@ _CHECKS: dict[str, Callable[[str, Configuration], Finding]] = {
     "clock": _clock,
     "group": _group,
     "portal": _portal,
+    "daemon": _daemon,
 }

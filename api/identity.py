@@ -4,7 +4,6 @@
 administrators' group may do everything; others are themselves.
 """
 
-import grp
 import os
 import pwd
 import socket
@@ -12,6 +11,7 @@ import struct
 from typing import Any
 
 from stratocache.api.problem import HttpProblem
+from stratocache.fs.listener import group_id
 from stratocache.fs.records import Caller
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -37,11 +37,3 @@ def caller_of(environ: dict[str, Any], administrators: str) -> Caller:
     return Caller(
         name=name, administrator=user == 0 or group_id(administrators) in (group, *groups)
     )
-
-
-def group_id(name: str) -> int | None:
-    """Return the number of a Unix group, or None when there is no such group."""
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        return None

@@ -11,6 +11,12 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.attachment_commands import (
+    epoch_option,
+    epoch_parameter,
+    lease_body,
+    lease_option,
+)
 from stratocache.api.session import Session, SizeType, json_option
 
 if TYPE_CHECKING:
@@ -31,6 +37,7 @@ _PORTS = 8
     help="Attach this image too, read-only.",
 )  # fmt: skip
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
+@lease_option
 @click.option(
     "--print", "format_", type=click.Choice(["json", "xml", "qemu"]),
     help="Write JSON, libvirt <disk> elements, or QEMU arguments.",
@@ -148,12 +155,28 @@ def _pluggable(qmp: Path) -> list[str]:
 @click.command()
 @click.argument("instance")
 @click.option("--failed", is_flag=True, help="Keep its volatile disks for a while (quarantine).")
+@epoch_option
 @json_option
 @click.pass_obj
-def halt(session: Session, instance: str, failed: bool) -> None:
+def halt(session: Session, instance: str, failed: bool, epoch: int | None) -> None:
     """Detach all disks of an instance and delete its volatile ones."""
-    session.remove(_path(instance), "halt", **({"outcome": "failed"} if failed else {}))
+    parameters = {**epoch_parameter(epoch), **({"outcome": "failed"} if failed else {})}
+    session.remove(_path(instance), "halt", **parameters)
     session.show({"halted": instance}, f"Instance {instance} is halted.")
+
+
+@click.command()
+@click.argument("instance")
+@lease_option
+@epoch_option
+@json_option
+@click.pass_obj
+def lease(session: Session, instance: str, lease_s: int | None, epoch: int | None) -> None:
+    """Renew the lease of an instance, for as long as last time unless you say so."""
+    document = session.client.put(
+        f"{_path(instance)}/lease", lease_body(lease_s), **epoch_parameter(epoch)
+    )
+    session.show(document, f"Instance {instance} is leased until {document['lease_expires_at']}.")
 
 
 def _path(instance: str) -> str:

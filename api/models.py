@@ -9,12 +9,15 @@ from stratocache.api.problem import HttpProblem
 from stratocache.api.sizes import SECTOR_BYTES, SIZE_BYTES_MAX, SIZE_BYTES_MIN
 from stratocache.cache.entry import Compression
 from stratocache.cache.errors import InvalidInput
+from stratocache.fs.leases import LEASE_S_MAX, LEASE_S_MIN
 from stratocache.fs.records import SAVED_VALID_DAYS
 from stratocache.fs.target import check_initiator_name
 
 BODY_BYTES_MAX = 1024**2
 DISKS_MAX = 64
 TAG_CHARACTERS_MAX = 40
+MIGRATION_S = 600
+MIGRATION_S_MAX = 3600
 
 SizeBytes = Annotated[int, Field(ge=SIZE_BYTES_MIN, le=SIZE_BYTES_MAX, multiple_of=SECTOR_BYTES)]
 Reference = Annotated[
@@ -26,6 +29,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1
 UserName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$")]
 Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 InitiatorName = Annotated[str, Field(max_length=223), AfterValidator(check_initiator_name)]
+LeaseSeconds = Annotated[int, Field(ge=LEASE_S_MIN, le=LEASE_S_MAX)]
 Visibility = Literal["private", "public"]
 DiskKind = Literal["machine", "data", "readonly"]
 Access = Literal["rw", "ro"]
@@ -99,6 +103,21 @@ class AttachmentCreation(RequestModel):
     instance: InstanceId
     access: Access = "rw"
     initiator: InitiatorName | None = None
+    lease_s: LeaseSeconds | None = None
+
+
+class MigrationCreation(RequestModel):
+    """`POST /v1/disks/{uuid}/attachments/{id}/migrate`."""
+
+    instance: InstanceId
+    initiator: InitiatorName | None = None
+    timeout_s: Annotated[int, Field(ge=1, le=MIGRATION_S_MAX)] = MIGRATION_S
+
+
+class LeaseRenewal(RequestModel):
+    """`PUT …/lease`: as long as last time unless given."""
+
+    lease_s: LeaseSeconds | None = None
 
 
 class LaunchCreation(RequestModel):
@@ -111,6 +130,7 @@ class LaunchCreation(RequestModel):
     readonly: Annotated[tuple[Reference, ...], Field(max_length=DISKS_MAX)] = ()
     initiator: InitiatorName | None = None
     provisional: bool = False
+    lease_s: LeaseSeconds | None = None
 
 
 Model = TypeVar("Model", bound=RequestModel)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stratocache.api.attachment_commands import require_epoch
 from stratocache.api.session import Session
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ def attach_here(
     session.show_fields(open_iscsi.shown(attachment, device))
 
 
-def log_out_here(session: Session, disk_path: str, instance: str | None) -> bool:
-    """Log out of a disk's attachment; return whether there is one to be ended."""
+def log_out_here(session: Session, disk_path: str, instance: str | None, epoch: int | None) -> bool:
+    """Log out of a disk's attachment, if of that epoch; return whether there is one to be ended."""
     from stratocache.api import open_iscsi
 
     held = session.client.items(f"{disk_path}/attachments", "attachments")
     found = [item for item in held if instance in (None, item["instance"])]
     if len(found) == 1:  # what is ambiguous is refused by who asks
+        require_epoch(found[0], epoch)
         open_iscsi.Node.of(found[0]).log_out()
     return bool(found)
 

@@ -11,6 +11,7 @@ WAIT_S_MAX = 600
 PAGE_LENGTH = 100
 PAGE_LENGTH_MAX = 1000
 _NUMBER_DIGITS = 20
+_EPOCH_DIGITS_MAX = 18
 _NUMBER_MAX = 2**63 - 1
 
 Item = TypeVar("Item")
@@ -54,6 +55,16 @@ def choice(request: falcon.Request, name: str, *allowed: str) -> str | None:
             "parameter-invalid", f"{name} is one of: {', '.join(allowed)}.", field=name
         )
     return text
+
+
+def epoch(request: falcon.Request) -> int | None:
+    """Return `?epoch=`, None when it is absent; raises `InvalidInput` (`parameter-invalid`)."""
+    text = request.get_param("epoch")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _EPOCH_DIGITS_MAX):
+        raise InvalidInput("parameter-invalid", "epoch is a whole number.", field="epoch")
+    return int(text)
 
 
 def page(

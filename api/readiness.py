@@ -5,8 +5,10 @@ import sqlite3
 from pathlib import Path
 
 from stratocache.cache.configuration import Configuration
+from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.state import Database
+from stratocache.fs.supervisor_status import read_status
 
 _CONNECT_TIMEOUT_S = 1.0
 _MOUNT_TABLE = Path("/proc/self/mountinfo")
@@ -14,9 +16,11 @@ _ESCAPES = {" ": r"\040", "\t": r"\011", "\n": r"\012", "\\": r"\134"}  # proc(5
 
 
 def faults(configuration: Configuration, db: Database) -> dict[str, str]:
-    """Return a sentence for each part that does not work: `state`, `blockd`, `mount`, `portal`."""
+    """Return a sentence for each part that does not work: `state`, `supervisor`, `blockd`,
+    `mount`, `portal`."""
     found = {
         "state": _state_fault(db),
+        "supervisor": _supervisor_fault(configuration.run_dir),
         "blockd": _blockd_fault(configuration.poke_socket),
         "mount": _mount_fault(configuration.blocks),
         "portal": _portal_fault(configuration.iscsi.address, configuration.iscsi.port),
@@ -33,6 +37,11 @@ def _state_fault(db: Database) -> str:
     if row[0] != len(MIGRATIONS):
         return f"The state database has schema {row[0]}, this version needs {len(MIGRATIONS)}."
     return ""
+
+
+def _supervisor_fault(run_dir: Path) -> str:
+    status = read_status(RunDirectory(run_dir).supervisor_status)
+    return status.fault if status is not None else ""
 
 
 def _blockd_fault(path: Path) -> str:

@@ -9,6 +9,7 @@ from stratocache.api import connection_details
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.fs.records import Attachment, Caller, Disk, Image, Launch, Operation, Snapshot
+from stratocache.fs.secret_box import SecretBox
 from stratocache.fs.target import LUN
 
 
@@ -24,7 +25,12 @@ class Representation(BaseModel):
     @property
     def etag(self) -> str:
         """A strong validator (RFC 9110 section 8.8.3): the digest of the representation."""
-        return hashlib.sha256(self.to_json()).hexdigest()[:32]
+        return self.to_json_and_etag()[1]
+
+    def to_json_and_etag(self) -> tuple[bytes, str]:
+        """Return both, for the price of one."""
+        content = self.to_json()
+        return content, hashlib.sha256(content).hexdigest()[:32]
 
 
 class ImageView(Representation):
@@ -75,6 +81,10 @@ class DiskView(Representation):
     created_at: str
     attached_to: list[str]
     """Instances that have it now."""
+    epoch: int
+    """That of its latest attachment."""
+    problems: list[str]
+    """What is wrong with it and its attachments, sentences for people."""
 
     @classmethod
     def of(cls, disk: Disk, attachments: list[Attachment]) -> Self:
@@ -94,6 +104,14 @@ class DiskView(Representation):
             quarantined_at=disk.quarantined_at,
             created_at=disk.created_at,
             attached_to=[attachment.instance for attachment in attachments],
+            epoch=disk.epoch,
+            problems=[
+                problem
+                for problem in dict.fromkeys(
+                    [disk.problem, *(item.problem for item in attachments)]
+                )
+                if problem is not None
+            ],
         )
 
 
@@ -145,6 +163,15 @@ class AttachmentView(Representation):
     initiator: str | None
     owner: str
     created_at: str
+    epoch: int
+    """Greater than that of any attachment of the disk before; 0 of an image."""
+    lease_s: int | None
+    lease_expires_at: str | None
+    migrates: str | None
+    """The attachment whose place it takes."""
+    migration_expires_at: str | None
+    problem: str | None
+    """Why it is not yet what it should be."""
     portal: str
     target_iqn: str
     lun: int
@@ -155,12 +182,23 @@ class AttachmentView(Representation):
 
     @classmethod
     def of(
-        cls, configuration: Configuration, caller: Caller, attachment: Attachment, index: int
+        cls,
+        configuration: Configuration,
+        secrets: SecretBox,
+        caller: Caller,
+        attachment: Attachment,
+        index: int,
     ) -> Self:
-        """Show an attachment to `caller`; `index` counts the instance's disks from 0."""
+        """Show an attachment to `caller`; `index` counts the instance's disks from 0.
+
+        Only its owner and administrators are given the secret. Raises `Internal`
+        (`secret-unreadable`).
+        """
         details = connection_details.details_of(configuration, attachment)
-        trusted = caller.administrator or caller.name == attachment.owner
-        chap = Chap(username=attachment.chap_username, secret=attachment.chap_secret)
+        chap = None
+        if caller.administrator or caller.name == attachment.owner:
+            secret = secrets.open(attachment.id, attachment.sealed_secret)
+            chap = Chap(username=attachment.chap_username, secret=secret)
         return cls(
             id=attachment.id,
             state=attachment.state,
@@ -172,11 +210,17 @@ class AttachmentView(Representation):
             initiator=attachment.initiator,
             owner=attachment.owner,
             created_at=attachment.created_at,
+            epoch=attachment.epoch,
+            lease_s=attachment.lease_s,
+            lease_expires_at=attachment.lease_expires_at,
+            migrates=attachment.migrates,
+            migration_expires_at=attachment.migration_expires_at,
+            problem=attachment.problem,
             portal=details.portal,
             target_iqn=details.target_iqn,
             lun=LUN,
-            chap=chap if trusted else None,
-            iscsi_url=details.iscsi_url if trusted else None,
+            chap=chap,
+            iscsi_url=details.iscsi_url(chap.secret) if chap else None,
             libvirt_xml=connection_details.libvirt_xml(details, index),
             qemu_args=connection_details.qemu_args(details),
         )
@@ -190,6 +234,11 @@ class LaunchView(Representation):
     reference: str
     operation: str
     created_at: str
+    epoch: int
+    """Greater than that of any launch before."""
+    lease_s: int | None
+    lease_expires_at: str | None
+    """None also while it is being prepared."""
     boot: AttachmentView | None
     """None until the clone is made."""
     attachments: list[AttachmentView]
@@ -201,13 +250,14 @@ class LaunchView(Representation):
     def of(
         cls,
         configuration: Configuration,
+        secrets: SecretBox,
         caller: Caller,
         launch: Launch,
         attachments: list[Attachment],
     ) -> Self:
         """Show a launch; `attachments` are its instance's, in order."""
         views = [
-            AttachmentView.of(configuration, caller, attachment, index)
+            AttachmentView.of(configuration, secrets, caller, attachment, index)
             for index, attachment in enumerate(attachments)
         ]
         return cls(
@@ -216,6 +266,9 @@ class LaunchView(Representation):
             reference=launch.request["reference"],
             operation=launch.operation_id,
             created_at=launch.created_at,
+            epoch=launch.epoch,
+            lease_s=launch.lease_s,
+            lease_expires_at=launch.lease_expires_at,
             boot=next((view for view in views if view.role == "boot"), None),
             attachments=views,
             libvirt_xml="\n".join(view.libvirt_xml for view in views),

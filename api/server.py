@@ -1,41 +1,41 @@
 """The API process: gunicorn with threads on `RUN_DIR/api.sock`.
 
-    python -m stratocache.api.server --config-json FILE
+    python -m stratocache.api.server --config-json FILE --listen-fd N --ready-fd M
 
-Stateless: it may be killed and started again at any moment.
+Stateless: it may be killed and started again at any moment. Whoever starts it holds the listening
+socket, so that clients wait meanwhile, and reads `R` from the other end of M when it serves.
 """
 
 import argparse
 import logging
 import os
-import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
+from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from stratocache.api.application import create_app
-from stratocache.api.identity import group_id
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.state import Database
 
-_SOCKET_MODE = 0o660
-_BACKLOG = 512
 _GRACE_S = 5
 
 
 class Server(BaseApplication):  # type: ignore[misc]
     """gunicorn, configured by us alone: no files, no variables, no command line of its own."""
 
-    def __init__(self, configuration: Configuration, listener: socket.socket) -> None:
+    def __init__(self, configuration: Configuration, listen_fd: int, ready_fd: int) -> None:
         self._configuration = configuration
-        self._listener = listener
+        self._listen_fd = listen_fd
+        self._ready_fd = ready_fd
         super().__init__()
 
     def load_config(self) -> None:
         """Set gunicorn's options."""
         settings: dict[str, Any] = {
-            "bind": f"fd://{self._listener.detach()}",
+            "bind": f"fd://{self._listen_fd}",
             "worker_class": "gthread",
             "workers": self._configuration.api.workers,
             "threads": self._configuration.api.threads,
@@ -44,41 +44,32 @@ class Server(BaseApplication):  # type: ignore[misc]
             "proc_name": "stratocache-api",
             "worker_tmp_dir": str(self._configuration.run_dir),
             "control_socket_disable": True,
+            "post_worker_init": self._report,
         }
         for name, value in settings.items():
             self.cfg.set(name, value)
+
+    def _report(self, worker: object) -> None:
+        with suppress(BrokenPipeError):  # a later worker; nobody asks any more
+            os.write(self._ready_fd, b"R")
+
+    def run(self) -> None:
+        """Serve until told to stop, and leave the socket's name alone: the socket is not ours."""
+        arbiter = Arbiter(self)
+        arbiter.systemd = True
+        arbiter.run()
 
     def load(self) -> Any:
         """Make the application, once in each worker, after the fork."""
         return create_app(self._configuration, Database(self._configuration.database))
 
 
-def listen(path: Path, group: str) -> socket.socket:
-    """Return a listening Unix socket at `path`, mode 0660, of `group` when there is one.
-
-    What a dead server left there is replaced. Raises `OSError`.
-    """
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    umask = os.umask(0o777 & ~_SOCKET_MODE)  # no moment at which others may connect
-    try:
-        listener.bind(str(path))
-        members = group_id(group)
-        if members is not None:
-            os.chown(path, -1, members)
-        listener.listen(_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.umask(umask)
-    return listener
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(prog="stratocache.api.server", description=__doc__)
     parser.add_argument("--config-json", type=Path, required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--ready-fd", type=int, required=True)
     parsed = parser.parse_args(arguments)
     configuration = Configuration.model_validate_json(parsed.config_json.read_bytes())
     logging.basicConfig(
@@ -89,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     db.migrate()
     db.close()
     os.umask(0o077)
-    Server(configuration, listen(configuration.api_socket, configuration.api.group)).run()
+    Server(configuration, parsed.listen_fd, parsed.ready_fd).run()
 
 
 if __name__ == "__main__":

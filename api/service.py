@@ -8,7 +8,7 @@ from typing import cast
 from stratocache.api.problem import FailedOperation
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import ErrorRecord, Unreachable, from_record
-from stratocache.fs import inventory
+from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Operation
 from stratocache.fs.state import Database
@@ -25,9 +25,14 @@ class Service:
     def __init__(self, configuration: Configuration, db: Database) -> None:
         self.configuration = configuration
         self.db = db
+        self._watch = OperationWatch(db)
         self._long_waits = threading.BoundedSemaphore(
             max(1, configuration.api.threads - _RESERVED_THREADS)
         )
+
+    def wake(self) -> None:
+        """Tell `blockd` that something is to be looked at sooner than it thinks."""
+        poke(self.configuration.poke_socket)
 
     def start(self, operation: Operation, wait_s: float) -> Operation:
         """Tell `blockd` of a new operation and wait for its end, `wait_s` seconds at most."""
@@ -45,7 +50,7 @@ class Service:
             return operation
         with self._slot() as reserved:
             timeout_s = wait_s if reserved else min(wait_s, _UNRESERVED_WAIT_S)
-            return inventory.wait_for_operation(self.db, operation.id, timeout_s)
+            return self._watch.wait(operation.id, timeout_s)
 
     @contextmanager
     def transfer(self) -> Iterator[None]:

@@ -73,10 +73,8 @@ class Acquisition:
         made on this host (`local:ID`, or its id alone) needs no judgement. Raises what resolving,
         judging or fetching raises.
         """
-        cached = self._cached(text)
+        cached = self.cached(text)
         if cached is not None:
-            if cached.entry.catalogue != LOCAL_CATALOGUE:
-                self._catalogues.recheck(cached.entry, now=datetime.now(UTC))
             return cached
         entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
         while True:
@@ -87,7 +85,17 @@ class Acquisition:
                 raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
             await self._wait_for_flight(entry, report)
 
-    def _cached(self, text: str) -> Image | None:
+    def cached(self, text: str) -> Image | None:
+        """Return the verified image that a reference means, judged again; None if it is not here.
+
+        Only names by id are known here. Blocks on the state database; any thread may call it.
+        """
+        image = self._find(text)
+        if image is not None and image.entry.catalogue != LOCAL_CATALOGUE:
+            self._catalogues.recheck(image.entry, now=datetime.now(UTC))
+        return image
+
+    def _find(self, text: str) -> Image | None:
         reference = parse(
             text,
             self._configuration.default_catalogue,

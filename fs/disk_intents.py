@@ -13,6 +13,7 @@ from stratocache.fs.intents import (
     require_administrator,
     stop_work,
 )
+from stratocache.fs.migrations import require_settled
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation, Visibility
 from stratocache.fs.state import Database, now, record_event
 
@@ -97,7 +98,7 @@ def update_disk(
 def resize_disk(db: Database, caller: Caller, uuid: str, size_bytes: int) -> Operation:
     """Ask for a disk to grow; an instance that has it sees the new size when it rescans.
 
-    Raises `InvalidInput` (`size-shrinks`) and `Conflict` (`disk-busy`).
+    Raises `InvalidInput` (`size-shrinks`) and `Conflict` (`disk-busy`, `disk-migrating`).
     """
     with db.transaction() as connection:
         disk = own_disk(db, caller, uuid)
@@ -109,13 +110,14 @@ def resize_disk(db: Database, caller: Caller, uuid: str, size_bytes: int) -> Ope
                 field="size_bytes",
             )
         _require_available(disk)
+        require_settled(db, uuid)
         return add_operation(connection, caller, "resize", uuid, {"size_bytes": size_bytes})
 
 
 def hydrate_disk(db: Database, caller: Caller, uuid: str) -> Operation:
     """Ask for an overlay to become a raw disk; asked again it answers with what is under way.
 
-    Raises `Conflict` (`disk-busy`, `disk-raw`).
+    Raises `Conflict` (`disk-busy`, `disk-migrating`, `disk-raw`).
     """
     with db.transaction() as connection:
         disk = own_disk(db, caller, uuid)
@@ -126,6 +128,7 @@ def hydrate_disk(db: Database, caller: Caller, uuid: str) -> Operation:
         if disk.form == "raw":
             raise Conflict("disk-raw", f"Disk {uuid} is complete already; there is nothing to do.")
         refuse_busy(db, uuid, "rollback")
+        require_settled(db, uuid)
         content_hold.require_unheld(db, uuid)
         return add_operation(connection, caller, "hydrate", uuid, {})
 

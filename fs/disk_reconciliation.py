@@ -10,6 +10,8 @@ from stratocache.cache.errors import Cancelled, Internal, StratocacheError
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory, records, space_plan
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.clones import Clone
+from stratocache.fs.disk_presence import DiskPresence
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.intents import stop_work
@@ -58,6 +60,7 @@ class DiskReconciliation:
         self._blocks = blocks
         self._manifests = manifests
         self._work = work
+        self._presence = DiskPresence(db, disks)
 
     def adopt(self) -> None:
         """At start, let the rows say which form the files of disks have: a crash may have come
@@ -77,9 +80,9 @@ class DiskReconciliation:
             except (StratocacheError, OSError):
                 log.exception("the files of disk %s cannot be looked at", disk.uuid)
                 continue
-            if form is None:
-                log.error("the files of disk %s are missing", disk.uuid)
-            elif form != disk.form:
+            if form is None or disk.problem is not None:
+                self._presence.look(disk)
+            if form is not None and form != disk.form:
                 self._record_form(disk, form)
 
     def _record_form(self, disk: Disk, form: DiskForm) -> None:
@@ -97,7 +100,13 @@ class DiskReconciliation:
         """Make the files of disks that are being created, several at a time."""
         rows = self._db.rows("SELECT * FROM disks WHERE state = 'creating' ORDER BY number")
         disks = [records.disk_from(row) for row in rows]
+        if not disks:
+            return
         outcomes: dict[str, DiskForm | StratocacheError] = {}
+        try:
+            outcomes = await trio.to_thread.run_sync(self._create_clones, disks)
+        except Exception:
+            log.exception("making %d disks together failed; they are made singly", len(disks))
         limiter = trio.CapacityLimiter(_PARALLEL_DISKS)
 
         async def make(disk: Disk) -> None:
@@ -113,9 +122,34 @@ class DiskReconciliation:
 
         async with trio.open_nursery() as nursery:
             for disk in disks:
-                nursery.start_soon(make, disk)
-        if disks:
-            await trio.to_thread.run_sync(self._record_disks, disks, outcomes)
+                if disk.uuid not in outcomes:
+                    nursery.start_soon(make, disk)
+        await trio.to_thread.run_sync(self._record_disks, disks, outcomes)
+
+    def _create_clones(self, disks: list[Disk]) -> dict[str, DiskForm | StratocacheError]:
+        """Make those that can share extents, together; what is left, one by one will tell why."""
+        wanted = [disk for disk in disks if disk.base_manifest is not None]
+        outcomes: dict[str, DiskForm | StratocacheError] = {}
+        if not (
+            wanted
+            and self._disks.reflink_supported()
+            and space_plan.admits_all(self._configuration, self._db)
+        ):
+            return outcomes
+        clones = []
+        for disk in wanted:
+            assert disk.base_manifest is not None
+            try:
+                reader = self._images.reader(disk.base_manifest)
+                clones.append(Clone(disk.uuid, disk.size_bytes, reader))
+            except StratocacheError as error:
+                outcomes[disk.uuid] = error
+        forms, failures = self._disks.create_clones(clones)
+        outcomes.update(forms)
+        for uuid, failure in failures.items():
+            if isinstance(failure, StratocacheError):
+                outcomes[uuid] = failure
+        return outcomes
 
     def _create_disk(self, disk: Disk) -> DiskForm:
         space_plan.admit(self._configuration, self._db, disk.uuid, disk.size_bytes)
@@ -149,8 +183,7 @@ class DiskReconciliation:
                     (outcome, disk.uuid),
                 )
                 finish(connection, "create-disk", disk.uuid, {"disk": disk.uuid})
-        for disk in disks:
-            self._manifests.collect(disk.base_manifest)
+        self._manifests.collect(*{disk.base_manifest for disk in disks})
 
     def _record_failed_disk(self, disk: Disk, error: StratocacheError) -> None:
         connection = self._db.connection

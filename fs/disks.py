@@ -6,32 +6,38 @@
     RUN_DIR/live/UUID.N.bitmap          overlays that have been opened since the host booted
 
 What must be synced before a new disk may be promised: its files, their directory, then, after the
-rename, `disks/`. `stage/` needs none: what a crash brings back there is swept. A journalling file
-system commits all of it with the first call, and one commit serves all disks that are made at the
-same time, so make them in parallel threads.
+rename, `disks/`. `stage/` needs none: what a crash brings back there is swept. One flush of the
+medium can serve all disks that are made at the same time: clones that share extents are made and
+synced together (`create_clones`); make others in parallel threads.
 """
 
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from stratocache.cache.errors import InvalidInput, NotFound
+from stratocache.cache.errors import InvalidInput, NotFound, StratocacheError
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.fs import raw_snapshots, reflink, transitions
+from stratocache.fs.clones import (
+    DIRECTORY_MODE,
+    STAGED,
+    Clone,
+    Clones,
+    check_room,
+    staged_directory,
+)
 from stratocache.fs.layers import LAYOUT, RAW, DiskFiles, Layout
 from stratocache.fs.overlay import BlockSource, Overlay
 from stratocache.fs.records import DiskForm
 from stratocache.fs.storage import FILES
-from stratocache.fs.template import ChunkedImage, Templates
+from stratocache.fs.template import ChunkedImage
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-_STAGED = "disk-"
 _LIVE_SUFFIX = ".bitmap"
-_DIRECTORY_MODE = 0o700
 
 
 class DiskStore:
@@ -57,9 +63,9 @@ class DiskStore:
         self._stage = state_dir / "stage"
         self._live = run_dir / "live"
         for directory in (self._disks, self._stage, self._live):
-            directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+            directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         FILES.sync_directory(state_dir)
-        self._templates = Templates(self._stage)
+        self._clones = Clones(state_dir, self._stage, self._disks)
         self._probing = threading.Lock()
         self._reflinks: bool | None = None
 
@@ -80,14 +86,30 @@ class DiskStore:
         as long as it lives. Raises `InvalidInput` (`disk-too-small`), `NoSpace`, and `NotVerified`
         as `open_chunk` does.
         """
-        _check_room(size_bytes, reader.size_bytes)
+        check_room(size_bytes, reader.size_bytes)
         if self.reflink_supported():
-            try:
-                return self._create(uuid, lambda new: self._fill_reflinked(new, size_bytes, reader))
-            except OSError as error:
-                if not reflink.is_unsupported(error):
-                    raise
+            forms, failures = self.create_clones([Clone(uuid, size_bytes, reader)])
+            if uuid in forms:
+                return forms[uuid]
+            if not _is_unsupported(failures[uuid]):
+                raise failures.pop(uuid)
         return self._create(uuid, lambda new: self._fill_overlay(new, size_bytes, base_name))
+
+    def create_clones(
+        self, clones: Sequence[Clone]
+    ) -> tuple[dict[str, DiskForm], dict[str, StratocacheError | OSError]]:
+        """Make clones that share extents, all of them durable at the end; asked again, no change.
+
+        Returns the form of each that is there, and what went wrong with each other one, as
+        `create_clone` raises it: that can make those whose `OSError` `reflink.is_unsupported`.
+        """
+        forms = {clone.uuid: self.form(clone.uuid) for clone in clones}
+        failures = self._clones.make([clone for clone in clones if forms[clone.uuid] is None])
+        FILES.sync_directory(self._disks)
+        made: dict[str, DiskForm] = {
+            uuid: form or "raw" for uuid, form in forms.items() if uuid not in failures
+        }
+        return made, failures
 
     def clone_raw_snapshot(
         self, new_uuid: str, size_bytes: int, uuid: str, snapshot_id: str
@@ -99,7 +121,7 @@ class DiskStore:
         source = raw_snapshots.path(self.overlay_directory(uuid), snapshot_id)
 
         def fill(directory: Path) -> DiskForm:
-            _check_room(size_bytes, raw_snapshots.size_bytes(source))
+            check_room(size_bytes, raw_snapshots.size_bytes(source))
             raw_snapshots.copy(source, directory / "data", size_bytes)
             return "raw"
 
@@ -107,13 +129,13 @@ class DiskStore:
 
     def _create(self, uuid: str, fill: Callable[[Path], DiskForm]) -> DiskForm:
         directory = self.overlay_directory(uuid)
-        staged = self._stage / f"{_STAGED}{uuid}"
+        staged = staged_directory(self._stage, uuid)
         form = self.form(uuid)
         if form is None:
             shutil.rmtree(staged, ignore_errors=True)
             try:
                 with full_disk_is_no_space(self._state_dir):
-                    staged.mkdir(mode=_DIRECTORY_MODE)
+                    staged.mkdir(mode=DIRECTORY_MODE)
                     form = fill(staged)
                     staged.rename(directory)
             except BaseException:
@@ -131,21 +153,9 @@ class DiskStore:
         transitions.create(DiskFiles(directory, self._live / directory.name), size_bytes, base_name)
         return "overlay"
 
-    def _fill_reflinked(self, directory: Path, size_bytes: int, image: ChunkedImage) -> DiskForm:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        target = os.open(directory / "data", flags, 0o600)
-        try:
-            self._templates.clone(image, target)
-            os.ftruncate(target, size_bytes)
-            os.fsync(target)
-        finally:
-            os.close(target)
-        FILES.sync_directory(directory)
-        return "raw"
-
     def forget_image(self, image: ChunkedImage) -> None:
         """Let go of what is kept of an image for its next clone; call it before its files go."""
-        self._templates.forget(image)
+        self._clones.forget_image(image)
 
     def form(self, uuid: str) -> DiskForm | None:
         """Return the form of a disk, or None when there is no such disk."""
@@ -161,7 +171,7 @@ class DiskStore:
 
         Not synced: a disk that power loss brings back belongs to no row and is swept.
         """
-        staged = self._stage / f"{_STAGED}{uuid}"
+        staged = staged_directory(self._stage, uuid)
         directory = self.overlay_directory(uuid)
         if directory.exists():
             _remove(staged)
@@ -175,7 +185,7 @@ class DiskStore:
         Must not run beside a `create_*` or `delete` of a disk that is not in `keep`.
         """
         found = {path.name for path in self._disks.iterdir()}
-        found |= {path.name.removeprefix(_STAGED) for path in self._stage.glob(f"{_STAGED}*")}
+        found |= {path.name.removeprefix(STAGED) for path in self._stage.glob(f"{STAGED}*")}
         found |= {path.name.partition(".")[0] for path in self._live.glob(f"*{_LIVE_SUFFIX}*")}
         unknown = sorted(found - set(keep))
         for name in unknown:
@@ -349,13 +359,8 @@ class DiskStore:
             return self._reflinks
 
 
-def _check_room(size_bytes: int, wanted_bytes: int) -> None:
-    if size_bytes < wanted_bytes:
-        raise InvalidInput(
-            "disk-too-small",
-            f"The image has {wanted_bytes} bytes; make the disk at least that large.",
-            field="size_bytes",
-        )
+def _is_unsupported(error: Exception) -> bool:
+    return isinstance(error, OSError) and reflink.is_unsupported(error)
 
 
 def _remove(directory: Path) -> None:

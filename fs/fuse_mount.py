@@ -17,6 +17,7 @@ import select
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from stratocache.cache.errors import Conflict, Internal
 
@@ -41,38 +42,51 @@ _INTERRUPT_BIT = 1  # in `unique`: FUSE_INT_REQ_BIT of the kernel's fs/fuse/fuse
 
 
 class FuseMount:
-    """A mounted FUSE connection."""
+    """A mounted FUSE connection; `create` makes one, `adopt` goes on with one."""
 
-    def __init__(self, mount_point: Path, init_file: Path) -> None:
-        """Mount; `mount_point` must be an empty folder. Raises `Internal` (`fuse-unavailable`)."""
+    def __init__(self, mount_point: Path, init_file: Path, descriptor: int) -> None:
+        """Take a descriptor whose FUSE_INIT is in `init_file`; raises `OSError`, `Internal`."""
         self.mount_point = mount_point
+        self.descriptor = descriptor
         self._init_file = init_file
-        try:
-            self.descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise _unavailable(error) from error
-        try:
-            _mount(self.descriptor, mount_point)
-        except OSError as error:
-            os.close(self.descriptor)
-            raise _unavailable(error) from error
-        try:
-            self._keep_init()
-        except BaseException:
-            self.unmount()
-            raise
-
-    def _keep_init(self) -> None:
-        request = os.read(self.descriptor, _READ_BUFFER_BYTES)
-        length, opcode = _HEADER.unpack_from(request)
-        if opcode != _FUSE_INIT or length != len(request):
-            raise Internal("fuse-unavailable", "The kernel did not begin with FUSE_INIT.")
-        partial = self._init_file.with_name(self._init_file.name + ".new")
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(request)
-        partial.rename(self._init_file)
+        request = init_file.read_bytes()
+        _require_init(request)
         self.can_resend = _can_resend(request)
         (self._init_unique,) = _UNIQUE.unpack_from(request, _HEADER.size)
+
+    @classmethod
+    def create(cls, mount_point: Path, init_file: Path) -> Self:
+        """Mount; `mount_point` must be an empty folder. Raises `Internal` (`fuse-unavailable`)."""
+        try:
+            descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unavailable(error) from error
+        try:
+            _mount(descriptor, mount_point)
+        except OSError as error:
+            os.close(descriptor)
+            raise _unavailable(error) from error
+        try:
+            _keep_init(descriptor, init_file)
+            return cls(mount_point, init_file, descriptor)
+        except BaseException:
+            unmount(mount_point)
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def adopt(cls, mount_point: Path, init_file: Path, descriptor: int) -> Self | None:
+        """Go on with a connection that outlived its supervisor; None when that cannot be.
+
+        It cannot when it was aborted or unmounted, or when this kernel does not send again what
+        the dead processes had read.
+        """
+        try:
+            mount = cls(mount_point, init_file, descriptor)
+        except (OSError, Internal):
+            return None
+        alone = mounted_at(mount_point) == [_FSTYPE]
+        return mount if alone and mount.can_resend and mount.connected else None
 
     @property
     def connected(self) -> bool:
@@ -113,7 +127,7 @@ def unmount_stale(mount_point: Path) -> int:
 
     Returns their number. Raises `Conflict` (`mount-point-busy`) when something else is mounted.
     """
-    mounted = _mounted_at(mount_point)
+    mounted = mounted_at(mount_point)
     for fstype in reversed(mounted):
         if not fstype.startswith("fuse"):
             raise Conflict(
@@ -145,7 +159,7 @@ def _mount(descriptor: int, mount_point: Path) -> None:
         raise OSError(number, os.strerror(number), os.fspath(mount_point))
 
 
-def _mounted_at(mount_point: Path) -> list[str]:
+def mounted_at(mount_point: Path) -> list[str]:
     """Return the types of the mounts at a path, the topmost last; does not look at the path."""
     wanted = os.fspath(mount_point)
     found = []
@@ -155,6 +169,20 @@ def _mounted_at(mount_point: Path) -> list[str]:
         if path == wanted:
             found.append(fields[fields.index("-") + 1])
     return found
+
+
+def _keep_init(descriptor: int, init_file: Path) -> None:
+    request = os.read(descriptor, _READ_BUFFER_BYTES)
+    _require_init(request)
+    partial = init_file.with_name(init_file.name + ".new")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(request)
+    partial.rename(init_file)
+
+
+def _require_init(request: bytes) -> None:
+    if len(request) < _HEADER_BYTES or _HEADER.unpack_from(request) != (len(request), _FUSE_INIT):
+        raise Internal("fuse-unavailable", "The kernel did not begin with FUSE_INIT.")
 
 
 def _can_resend(request: bytes) -> bool:

@@ -23,6 +23,8 @@ from stratocache.fs.processes import Child, Launch
 
 _HOLD = b"H"
 _DESCRIPTORS_MAX = 2
+_SOCKET = "socket"
+_PROGRAM = (sys.executable, "-m", "stratocache.fs.holder")
 
 
 class Holder:
@@ -31,44 +33,32 @@ class Holder:
     def __init__(self, child: Child, suspended: Path | None = None) -> None:
         self.child = child
         self._suspended = [] if suspended is None else [str(suspended)]
-        self._socket: socket.socket | None = None
 
     def start(self) -> None:
         """Start the process, which holds nothing yet; raises `OSError`."""
-        self.forget()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self.child.start(
-                    Launch(
-                        [
-                            sys.executable,
-                            "-m",
-                            "stratocache.fs.holder",
-                            str(theirs.fileno()),
-                            *self._suspended,
-                        ],
-                        descriptors=(theirs.fileno(),),
-                        dies_with_us=False,
-                    )
-                )
-            except BaseException:
-                ours.close()
-                raise
         ours.setblocking(False)
-        self._socket = ours
+        with ours, theirs:
+            launch = Launch(
+                [*_PROGRAM, str(theirs.fileno()), *self._suspended],
+                descriptors=(theirs.fileno(),),
+                dies_with_us=False,
+            )
+            self.child.start(launch, {_SOCKET: ours.fileno()})
+            ours.detach()
 
     def hold(self, connection: int, tgtd: int) -> None:
         """Hold a FUSE connection until a tgtd, given by its pidfd, is dead; nothing else any more."""
-        if self._socket is not None:
-            with suppress(BrokenPipeError):  # dead; the next one is told when it starts
-                socket.send_fds(self._socket, [_HOLD], [connection, tgtd])
+        if _SOCKET in self.child.links:
+            with (
+                socket.socket(fileno=os.dup(self.child.links[_SOCKET])) as process,
+                suppress(BrokenPipeError),  # dead; the next one is told when it starts
+            ):
+                socket.send_fds(process, [_HOLD], [connection, tgtd])
 
     def forget(self) -> None:
         """Close what connects us, upon which the process ends."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self.child.close_link(_SOCKET)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -22,14 +22,19 @@ from stratocache.fs.records import (
     Caller,
     Disk,
     Image,
+    Launch,
     LaunchRequest,
     Operation,
 )
-from stratocache.fs.state import Database, now, record_event
+from stratocache.fs.state import Database, later, now, record_event
 
 _CHAP_SECRET_BYTES = (
     12  # 16 characters: the longest that every initiator accepts (RFC 7143, 12.1.3)
 )
+
+_NO_OTHER = """NOT EXISTS (
+    SELECT 1 FROM attachments WHERE disk_uuid = disks.uuid AND id <> ? AND state <> 'removing')
+"""
 
 CANCELLABLE = frozenset({"fetch", "launch", "create-disk", "hydrate", "import-disk", "save"})
 """Kinds of operations that can be asked to stop."""
@@ -88,17 +93,18 @@ def attach(
     instance: str,
     access: Access = "rw",
     initiator: str | None = None,
+    lease_s: int | None = None,
 ) -> Operation:
     """Ask for a disk to be exported to an instance; the operation's subject is the attachment.
 
-    The same attachment asked for again answers with the operation that made it. Raises `Conflict`
-    (`disk-attached`) naming the holder of a read-write attachment.
+    With `lease_s` it ends by itself when nobody renews it for so many seconds. The same attachment
+    asked for again answers with the operation that made it. Raises what `check_attachable` raises.
     """
     with db.transaction() as connection:
         disk = inventory.disk(db, caller, uuid)
         same = db.row(
             "SELECT * FROM attachments WHERE disk_uuid = ? AND instance = ? AND access = ? "
-            "AND initiator IS ? AND state <> 'removing'",
+            "AND initiator IS ? AND state <> 'removing' AND migrates IS NULL",
             uuid, instance, access, initiator,
         )  # fmt: skip
         if same is not None:
@@ -108,15 +114,21 @@ def attach(
         check_attachable(db, caller, disk, access)
         attachment_id = insert_attachment(
             connection, caller.name, instance, "disk", access,
-            disk_uuid=uuid, initiator=initiator,
+            disk_uuid=uuid, initiator=initiator, lease_s=lease_s,
         )  # fmt: skip
         return add_operation(connection, caller, "attach", attachment_id, {"disk": uuid})
 
 
 def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -> None:
-    """Raise unless the caller may attach the disk in this way now."""
+    """Raise unless the caller may attach the disk in this way now.
+
+    `Conflict`: `disk-attached` naming the holder, `disk-fencing` while the holder is cut off,
+    `disk-missing`, `disk-busy`, `disk-quarantined`. `Refused`: `disk-not-yours`, `disk-readonly`.
+    """
     if disk.state != "available":
         raise Conflict("disk-busy", f"Disk {disk.uuid} is {disk.state}; try again when it is not.")
+    if disk.problem is not None:
+        raise Conflict("disk-missing", f"{disk.problem} Bring them back, or delete the disk.")
     refuse_busy(db, disk.uuid, "rollback")
     if access == "rw":
         if not (caller.administrator or caller.name == disk.owner):
@@ -132,6 +144,11 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
             )
     for other in inventory.attachments(db, disk_uuid=disk.uuid):
         if "rw" in (access, other.access):
+            if other.fencing:
+                raise Conflict(
+                    "disk-fencing",
+                    f"Disk {disk.uuid} is being taken from {other.instance}; try again in a moment.",
+                )
             raise Conflict(
                 "disk-attached",
                 f"Disk {disk.uuid} is attached to {other.instance} ({other.access}); detach it first.",
@@ -149,18 +166,52 @@ def refuse_busy(db: Database, uuid: str, *kinds: str) -> None:
         )
 
 
-def detach(db: Database, caller: Caller, attachment_id: str) -> Operation:
-    """Ask for an attachment to end; asked again it answers with the operation under way."""
+def detach(
+    db: Database,
+    caller: Caller,
+    attachment_id: str,
+    *,
+    epoch: int | None = None,
+    force: bool = False,
+) -> Operation:
+    """Ask for an attachment to end; asked again it answers with the operation under way.
+
+    Its sessions are closed either way; with `force` an event proves that none is left. Of an
+    attachment that is being migrated the other one stays and holds the disk. Raises `Conflict`
+    (`epoch-stale`) when its epoch is not the given one.
+    """
     with db.transaction() as connection:
-        attachment = inventory.attachment(db, attachment_id)
-        if not caller.administrator and attachment.owner != caller.name:
-            raise NotFound("attachment-unknown", f"No attachment {attachment_id}.")
+        attachment = own_attachment(db, caller, attachment_id, epoch=epoch)
         if attachment.state == "removing":
             under_way = inventory.open_operations(db, attachment_id, "detach")
             if under_way:
+                if force:
+                    _mark_fencing(connection, attachment)
                 return under_way[0]
-        remove_attachment(connection, attachment)
-        return add_operation(connection, caller, "detach", attachment_id, {})
+        remove_attachment(connection, attachment, fencing=force)
+        return add_operation(connection, caller, "detach", attachment_id, {"force": force})
+
+
+def own_attachment(
+    db: Database, caller: Caller, attachment_id: str, *, epoch: int | None = None
+) -> Attachment:
+    """Return an attachment that the caller may change; raises `NotFound` and `Conflict`
+    (`epoch-stale`)."""
+    attachment = inventory.attachment(db, attachment_id)
+    if not caller.administrator and attachment.owner != caller.name:
+        raise NotFound("attachment-unknown", f"No attachment {attachment_id}.")
+    require_epoch(epoch, attachment.epoch, f"Attachment {attachment_id}")
+    return attachment
+
+
+def require_epoch(given: int | None, present: int, what: str) -> None:
+    """Raise `Conflict` (`epoch-stale`) when a caller speaks of another epoch than the present."""
+    if given is not None and given != present:
+        raise Conflict(
+            "epoch-stale",
+            f"{what} is of epoch {present}, you mean epoch {given}: nothing was changed.",
+            field="epoch",
+        )
 
 
 def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Operation:
@@ -178,7 +229,8 @@ def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Oper
                     "instance-busy",
                     f"Instance {request.instance} is being taken down; try again in a moment.",
                 )
-            if launch.request == json.loads(json.dumps(wanted)):
+            # requests of older versions lack what they did not know
+            if {"lease_s": None, **launch.request} == json.loads(json.dumps(wanted)):
                 return inventory.operation(db, launch.operation_id)
             raise Conflict(
                 "instance-exists",
@@ -188,23 +240,28 @@ def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Oper
             check_attachable(db, caller, inventory.disk(db, caller, uuid), "rw")
         operation = add_operation(connection, caller, "launch", request.instance, wanted)
         connection.execute(
-            "INSERT INTO launches (instance, operation_id, request, state, created_at) "
-            "VALUES (?, ?, ?, 'preparing', ?)",
-            (request.instance, operation.id, json.dumps(wanted), now()),
+            "INSERT INTO launches (instance, operation_id, request, state, lease_s, created_at) "
+            "VALUES (?, ?, ?, 'preparing', ?, ?)",
+            (request.instance, operation.id, json.dumps(wanted), request.lease_s, now()),
         )
         return operation
 
 
-def halt(db: Database, caller: Caller, instance: str, *, failed: bool = False) -> Operation:
+def halt(
+    db: Database,
+    caller: Caller,
+    instance: str,
+    *,
+    failed: bool = False,
+    epoch: int | None = None,
+) -> Operation:
     """Ask for an instance's attachments to end, and its volatile disks to be deleted.
 
-    Those of an instance that has `failed` go to quarantine instead.
+    Those of an instance that has `failed` go to quarantine instead. Raises `Conflict`
+    (`epoch-stale`) when the instance has been launched anew since.
     """
     with db.transaction() as connection:
-        launch = inventory.launch(db, instance)
-        started = inventory.operation(db, launch.operation_id)
-        if not caller.administrator and started.owner != caller.name:
-            raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+        launch = own_launch(db, caller, instance, epoch=epoch)
         if launch.state == "preparing":
             raise Conflict(
                 "instance-busy",
@@ -218,22 +275,39 @@ def halt(db: Database, caller: Caller, instance: str, *, failed: bool = False) -
         return add_operation(connection, caller, "halt", instance, {"failed": failed})
 
 
+def own_launch(db: Database, caller: Caller, instance: str, *, epoch: int | None = None) -> Launch:
+    """Return a launch that the caller may change; raises `NotFound` and `Conflict`
+    (`epoch-stale`)."""
+    launch = inventory.launch(db, instance)
+    started = inventory.operation(db, launch.operation_id)
+    if not caller.administrator and started.owner != caller.name:
+        raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+    require_epoch(epoch, launch.epoch, f"Instance {instance}")
+    return launch
+
+
 def end_launch(
-    connection: sqlite3.Connection, db: Database, instance: str, *, failed: bool = False
+    connection: sqlite3.Connection,
+    db: Database,
+    instance: str,
+    *,
+    failed: bool = False,
+    fencing: bool = False,
 ) -> None:
     """Mark all of a launch for removal, within the caller's transaction."""
     connection.execute("UPDATE launches SET state = 'ending' WHERE instance = ?", (instance,))
     for attachment in inventory.attachments(db, instance=instance):
         if failed:
-            _quarantine(connection, attachment)
-        remove_attachment(connection, attachment)
+            quarantine(connection, attachment)
+        remove_attachment(connection, attachment, fencing=fencing)
 
 
-def _quarantine(connection: sqlite3.Connection, attachment: Attachment) -> None:
+def quarantine(connection: sqlite3.Connection, attachment: Attachment) -> None:
+    """Keep a volatile disk that nobody else has, within the caller's transaction."""
     kept = connection.execute(
         "UPDATE disks SET quarantined_at = ? WHERE uuid = ? AND volatile = 1 "
-        "AND state = 'available' AND quarantined_at IS NULL",
-        (now(), attachment.disk_uuid),
+        f"AND state = 'available' AND quarantined_at IS NULL AND {_NO_OTHER}",
+        (now(), attachment.disk_uuid, attachment.id),
     )
     if kept.rowcount:
         record_event(
@@ -242,16 +316,24 @@ def _quarantine(connection: sqlite3.Connection, attachment: Attachment) -> None:
         )  # fmt: skip
 
 
-def remove_attachment(connection: sqlite3.Connection, attachment: Attachment) -> None:
-    """Mark an attachment for removal; a volatile disk goes with it, unless it is in quarantine."""
+def remove_attachment(
+    connection: sqlite3.Connection, attachment: Attachment, *, fencing: bool = False
+) -> None:
+    """Mark an attachment for removal; a volatile disk goes with the last, unless in quarantine."""
     connection.execute("UPDATE attachments SET state = 'removing' WHERE id = ?", (attachment.id,))
+    if fencing:
+        _mark_fencing(connection, attachment)
     going = connection.execute(
         "UPDATE disks SET state = 'deleting' "
-        "WHERE uuid = ? AND volatile = 1 AND quarantined_at IS NULL",
-        (attachment.disk_uuid,),
+        f"WHERE uuid = ? AND volatile = 1 AND quarantined_at IS NULL AND {_NO_OTHER}",
+        (attachment.disk_uuid, attachment.id),
     )
     if going.rowcount and attachment.disk_uuid is not None:
         stop_work(connection, attachment.disk_uuid)
+
+
+def _mark_fencing(connection: sqlite3.Connection, attachment: Attachment) -> None:
+    connection.execute("UPDATE attachments SET fencing = 1 WHERE id = ?", (attachment.id,))
 
 
 def stop_work(connection: sqlite3.Connection, uuid: str) -> None:
@@ -291,19 +373,28 @@ def insert_attachment(
     image_id: str | None = None,
     initiator: str | None = None,
     position: int = 0,
+    lease_s: int | None = None,
+    migrates: str | None = None,
+    migration_s: int | None = None,
 ) -> str:
     """Insert an attachment to be made, within the caller's transaction; return its id.
 
-    Raises `Conflict` (`already-attached`, `disk-attached`) where a unique index says no.
+    It has a secret of its own and the next epoch of its disk. One that `migrates` another is to
+    take its place within `migration_s`. Raises `Conflict` (`already-attached`) where a unique index
+    says no.
     """
     attachment_id = str(uuid_module.uuid4())
+    connection.execute("UPDATE disks SET epoch = epoch + 1 WHERE uuid = ?", (disk_uuid,))
     try:
         connection.execute(
             "INSERT INTO attachments (id, disk_uuid, image_id, instance, role, position, access, "
-            "initiator, chap_username, chap_secret, state, owner, created_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'wanted', ?, ?)",
+            "initiator, chap_username, sealed_secret, state, owner, created_at, epoch, lease_s, "
+            "lease_expires_at, migrates, migration_expires_at) "
+            "VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?1, seal(?1, ?9), 'wanted', ?10, ?11, "
+            "coalesce((SELECT epoch FROM disks WHERE uuid = ?2), 0), ?12, ?13, ?14, ?15)",
             (attachment_id, disk_uuid, image_id, instance, role, position, access, initiator,
-             attachment_id, secrets.token_urlsafe(_CHAP_SECRET_BYTES), owner, now()),
+             new_secret(), owner, now(), lease_s, None if lease_s is None else later(lease_s),
+             migrates, None if migration_s is None else later(migration_s)),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
         if "UNIQUE" not in str(error):
@@ -311,6 +402,11 @@ def insert_attachment(
         what = f"disk {disk_uuid}" if disk_uuid else f"image {image_id}"
         raise Conflict("already-attached", f"{instance} has {what} already.") from None
     return attachment_id
+
+
+def new_secret() -> str:
+    """Return a CHAP secret that was never used."""
+    return secrets.token_urlsafe(_CHAP_SECRET_BYTES)
 
 
 def add_operation(

@@ -1,7 +1,6 @@
 """Reads of the state database: what exists, by name, for those who may see it."""
 
 import json
-import time
 from collections.abc import Sequence
 
 from stratocache.cache.errors import NotFound
@@ -16,9 +15,6 @@ from stratocache.fs.records import (
     Snapshot,
 )
 from stratocache.fs.state import Database
-
-_FIRST_POLL_S = 0.001
-_LAST_POLL_S = 0.05
 
 
 def images(db: Database) -> list[Image]:
@@ -204,25 +200,3 @@ def operations(db: Database, *, subject: str | None = None, limit: int = 1000) -
         limit,
     )
     return [records.operation_from(row) for row in rows]
-
-
-def wait_for_operation(db: Database, operation_id: str, timeout_s: float) -> Operation:
-    """Return an operation when it has ended, or as it stands after `timeout_s` seconds.
-
-    Polls PRAGMA data_version, which costs microseconds, and reads the row only after a commit.
-    """
-    deadline = time.monotonic() + timeout_s
-    poll_s = _FIRST_POLL_S
-    version = db.data_version()
-    current = operation(db, operation_id)
-    while not current.finished:
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
-            break
-        time.sleep(min(poll_s, remaining_s))
-        poll_s = min(poll_s * 1.5, _LAST_POLL_S)
-        latest = db.data_version()
-        if latest != version:
-            version = latest
-            current = operation(db, operation_id)
-    return current

@@ -2,28 +2,33 @@
 
 Each open operation has one task. A task that process death interrupts is started again from its
 row, so every step asks first what has been done already. A launch's or clone's task ends when it
-has recorded the rows it wants; the reconciler makes these real and ends the operation.
+has recorded the rows it wants; the reconciler makes these real and ends the operation. Launches and
+clones of images that are here need no task: all that come together are recorded together.
 """
 
 import json
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import trio
 
 from stratocache.cache.errors import (
     Cancelled,
-    Conflict,
     Internal,
-    InvalidInput,
     StratocacheError,
 )
-from stratocache.fs import disk_intents, intents, inventory, records
+from stratocache.fs import intents, records
 from stratocache.fs.acquisition import Acquisition, Report
-from stratocache.fs.records import Caller, DiskRequest, Image, LaunchRequest, Operation
+from stratocache.fs.launch_rows import (
+    PROMPT_KINDS,
+    insert_clone,
+    insert_launch,
+    launch_request,
+    record_cached,
+)
+from stratocache.fs.records import DiskRequest, Image, LaunchRequest, Operation
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)
@@ -75,16 +80,41 @@ class Operations:
         self._wake = wake
         self._tasks: dict[str, trio.CancelScope] = {}
 
-    def look(self) -> None:
-        """Start tasks for operations that need one, cancel those that are to stop."""
-        for row in self._db.rows(_NEEDING_A_TASK, self._kinds):
+    async def look(self) -> None:
+        """Record what is wanted of images that are here, start tasks for operations that need one,
+        cancel those that are to stop."""
+        rows = self._db.rows(_NEEDING_A_TASK, self._kinds)
+        fresh = []
+        for row in rows:
             operation = records.operation_from(row)
-            scope = self._tasks.get(operation.id)
-            if scope is None:
+            if operation.id not in self._tasks:
+                fresh.append(operation)
+            elif operation.cancel_requested:
+                self._tasks[operation.id].cancel()
+        recorded = await self._record_cached(fresh)
+        for operation in fresh:
+            if operation.id not in recorded:
                 scope = self._tasks[operation.id] = trio.CancelScope()
                 self._nursery.start_soon(self._run, operation, scope)
-            if operation.cancel_requested:
-                scope.cancel()
+                if operation.cancel_requested:
+                    scope.cancel()
+
+    async def _record_cached(self, operations: list[Operation]) -> set[str]:
+        """Record launches and clones of images that are here; return the ids of those."""
+        prompt = [
+            operation
+            for operation in operations
+            if operation.kind in PROMPT_KINDS and not operation.cancel_requested
+        ]
+        if not prompt:
+            return set()
+        try:
+            return await trio.to_thread.run_sync(
+                record_cached, self._db, prompt, self._acquisition.cached, self._record_failure
+            )
+        except Exception:
+            log.exception("recording %d operations together failed", len(prompt))
+            return set()
 
     async def _run(self, operation: Operation, scope: trio.CancelScope) -> None:
         error: StratocacheError | None = None
@@ -129,11 +159,7 @@ class Operations:
         await trio.to_thread.run_sync(end)
 
     async def _launch(self, operation: Operation) -> None:
-        request = LaunchRequest(**{
-            **operation.request,
-            "disks": tuple(operation.request["disks"]),
-            "readonly": tuple(operation.request["readonly"]),
-        })  # fmt: skip
+        request = launch_request(operation)
         boot = await self._acquire(operation, request.reference)
         shared = [await self._acquire(operation, reference) for reference in request.readonly]
         await trio.to_thread.run_sync(self.record_launch, operation, request, boot, shared)
@@ -145,12 +171,7 @@ class Operations:
 
         def record() -> None:
             with self._db.transaction() as connection:
-                sized = replace(request, size_bytes=_clone_size_bytes(image, request.size_bytes))
-                disk_intents.insert_disk(
-                    connection, operation.owner, operation.subject, sized,
-                    base_image=image.id, base_manifest=image.id,
-                )  # fmt: skip
-                _hold(connection, image)
+                insert_clone(connection, operation, request, image)
 
         await trio.to_thread.run_sync(record)
 
@@ -161,33 +182,8 @@ class Operations:
 
         Raises what `intents` raises, and `Conflict` (`image-busy`).
         """
-        authorised = Caller(operation.owner, True)  # checked when the launch was asked for
         with self._db.transaction() as connection:
-            if inventory.launch(self._db, request.instance).boot_disk is not None:
-                return
-            uuid = operation.id  # the clone's UUID, so that a repetition makes the same disk
-            disk = DiskRequest(
-                size_bytes=_clone_size_bytes(boot, request.size_bytes),
-                tag=f"{request.instance} boot"[:40],
-                kind="machine",
-                volatile=True,
-            )
-            disk_intents.insert_disk(
-                connection, operation.owner, uuid, disk, base_image=boot.id, base_manifest=boot.id
-            )
-            attach = _attacher(connection, operation.owner, request)
-            attach("boot", "rw", disk_uuid=uuid)
-            for other in request.disks:
-                wanted = inventory.disk(self._db, authorised, other)
-                intents.check_attachable(self._db, authorised, wanted, "rw")
-                attach("disk", "rw", disk_uuid=other)
-            for image in shared:
-                attach("readonly", "ro", image_id=image.id)
-            for image in (boot, *shared):
-                _hold(connection, image)
-            connection.execute(
-                "UPDATE launches SET boot_disk = ? WHERE instance = ?", (uuid, request.instance)
-            )
+            insert_launch(connection, self._db, operation, request, boot, shared)
 
     async def _acquire(self, operation: Operation, reference: str) -> Image:
         """Acquire an image while its progress is written to the operation's row."""
@@ -244,46 +240,15 @@ class Operations:
     def record_failure(self, operation: Operation, error: StratocacheError) -> None:
         """End an operation by an error; a launch ends when what it had recorded is gone."""
         with self._db.transaction() as connection:
-            if operation.kind == "launch":
-                undo_launch(connection, self._db, operation.subject, error)
-            else:
-                fail(connection, operation.kind, operation.subject, error, operation.id)
+            self._record_failure(connection, operation, error)
 
-
-def _attacher(
-    connection: sqlite3.Connection, owner: str, request: LaunchRequest
-) -> Callable[..., str]:
-    position = 0
-
-    def attach(role: str, access: records.Access, **what: str) -> str:
-        nonlocal position
-        position += 1
-        return intents.insert_attachment(
-            connection, owner, request.instance, role, access,
-            initiator=request.initiator, position=position - 1, **what,
-        )  # fmt: skip
-
-    return attach
-
-
-def _clone_size_bytes(image: Image, wanted_bytes: int | None) -> int:
-    assert image.size_bytes is not None  # verified
-    if wanted_bytes is not None and wanted_bytes < image.size_bytes:
-        raise InvalidInput(
-            "size-too-small",
-            f"A clone of {image.id} needs at least {image.size_bytes} bytes.",
-            field="size_bytes",
-        )
-    return wanted_bytes or image.size_bytes
-
-
-def _hold(connection: sqlite3.Connection, image: Image) -> None:
-    """Note the use of an image in the transaction that makes it used; it may be going meanwhile."""
-    held = connection.execute(
-        "UPDATE images SET last_used_at = ? WHERE id = ? AND state = 'verified'", (now(), image.id)
-    )
-    if held.rowcount != 1:
-        raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
+    def _record_failure(
+        self, connection: sqlite3.Connection, operation: Operation, error: StratocacheError
+    ) -> None:
+        if operation.kind == "launch":
+            undo_launch(connection, self._db, operation.subject, error)
+        else:
+            fail(connection, operation.kind, operation.subject, error, operation.id)
 
 
 def finish(

@@ -1,8 +1,9 @@
-"""The supervisor's children: how one is started, watched, ended and started again.
+"""The supervisor's children: how one is started, watched, ended, started again and handed on.
 
 Standard library only. Every child has a session of its own, so that a signal of the terminal does
 not reach it before the supervisor decides; dies with the supervisor unless it is told not to; gets
-the descriptors it is given and no others; and leaves no descendants of its session behind.
+the descriptors it is given and no others; and leaves no descendants of its session behind. It
+outlives the supervisor's re-execution (`Child.handed_over`, `Child.resume`).
 """
 
 import ctypes
@@ -12,10 +13,11 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,10 @@ _PR_SET_PDEATHSIG = 1
 FIRST_DELAY_S = 0.1
 DELAY_MAX_S = 5.0
 HEALTHY_AFTER_S = 0.1
+STEADY_AFTER_S = 10.0
+
+# somebody else's decision, which says nothing about the program
+_KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 
 @dataclass(frozen=True)
@@ -51,26 +57,40 @@ class Child:
         self.name = name
         self.due_at = 0.0
         """Monotonic time before which it is not started."""
-        self.ready_at: float | None = None
-        self.process: subprocess.Popen[bytes] | None = None
+        self.held = False
+        """Not started at all until somebody changes this."""
+        self.pid = 0
+        """The process id; 0 without a process."""
         self.pidfd = -1
+        self.ready_at: float | None = None
+        self.started_at = 0.0
+        """Seconds since the epoch."""
+        self.restarts = 0
+        """Starts after the first."""
+        self.crashes = 0
+        """Ends by its own fault since it was last ready for `STEADY_AFTER_S`."""
+        self.links: dict[str, int] = {}
+        """Our ends of pipes to the process, by name; closed when it is collected."""
         self._log_file = log_file
         self._delay_s = 0.0
+        self._popen: subprocess.Popen[bytes] | None = None  # None too when it was handed over
 
     @property
     def running(self) -> bool:
         """Whether there is a process, perhaps a dead one that nobody looked after yet."""
-        return self.process is not None
+        return self.pid != 0
 
     @property
-    def pid(self) -> int:
-        """The process id; only while running."""
-        assert self.process is not None
-        return self.process.pid
+    def ready(self) -> bool:
+        """Whether it does its work, as far as we know."""
+        return self.ready_at is not None
 
-    def start(self, launch: Launch) -> None:
-        """Start the process; raises `OSError` when the program cannot be run."""
-        assert self.process is None
+    def start(self, launch: Launch, links: Mapping[str, int] | None = None) -> None:
+        """Start the process, with our ends of its pipes.
+
+        Raises `OSError` when the program cannot be run; `links` are the caller's then.
+        """
+        assert not self.running
         output = None
         if self._log_file is not None:
             output = os.open(
@@ -79,7 +99,7 @@ class Child:
         environment = {**os.environ, **launch.environment}
         environment.pop("NOTIFY_SOCKET", None)
         try:
-            self.process = subprocess.Popen(
+            self._popen = subprocess.Popen(
                 list(launch.command),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=environment, pass_fds=launch.descriptors, start_new_session=True,
@@ -89,17 +109,53 @@ class Child:
         finally:
             if output is not None:
                 os.close(output)
-        self.ready_at = None
-        self.pidfd = os.pidfd_open(self.process.pid)
-        log.info("%s started, pid %d", self.name, self.process.pid)
+        self._begin(self._popen.pid, os.pidfd_open(self._popen.pid), links or {})
+        log.info("%s started, pid %d", self.name, self.pid)
+
+    def _begin(self, pid: int, pidfd: int, links: Mapping[str, int]) -> None:
+        self.pid, self.pidfd, self.links, self.ready_at = pid, pidfd, dict(links), None
+        self.restarts += self.started_at > 0
+        self.started_at = time.time()
 
     def take_over(self, other: "Child") -> None:
         """Make another child's process ours, as if it had been started now."""
-        assert self.process is None
-        assert other.process is not None
-        self.process, self.pidfd, self.ready_at = other.process, other.pidfd, None
-        other.process, other.pidfd, other.ready_at = None, -1, None
-        log.info("%s goes on as pid %d", self.name, self.process.pid)
+        assert not self.running
+        assert other.running
+        self._popen = other._popen
+        self._begin(other.pid, other.pidfd, other.links)
+        other._forget()
+        log.info("%s goes on as pid %d", self.name, self.pid)
+
+    def _forget(self) -> None:
+        self._popen, self.pid, self.pidfd, self.links, self.ready_at = None, 0, -1, {}, None
+
+    def handed_over(self) -> dict[str, Any]:
+        """Return what `resume` needs after a re-execution, as JSON."""
+        return {
+            "pid": self.pid,
+            "pidfd": self.pidfd,
+            "links": self.links,
+            "ready_at": self.ready_at,
+            "started_at": self.started_at,
+            "restarts": self.restarts,
+        }
+
+    def resume(self, handed: Mapping[str, Any]) -> None:
+        """Go on with the process that our predecessor of the same process id has started."""
+        self.pid, self.pidfd = handed["pid"], handed["pidfd"]
+        self.links = dict(handed["links"])
+        self.ready_at = handed["ready_at"]
+        self.started_at, self.restarts = handed["started_at"], handed["restarts"]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What must stay open for `resume`."""
+        return [self.pidfd, *self.links.values()] if self.running else []
+
+    def close_link(self, name: str) -> None:
+        """Close our end of one of its pipes, if it is open."""
+        if name in self.links:
+            os.close(self.links.pop(name))
 
     def mark_ready(self) -> None:
         """Note that it does its work."""
@@ -108,28 +164,40 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if there is a process."""
-        if self.process is not None:
-            self.process.send_signal(number)
+        if self.running:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until the process has ended, without collecting it; return whether it has."""
-        if self.process is None:
+        if not self.running:
             return True
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
-    def collect(self, level: int = logging.WARNING) -> None:
-        """Collect the ended process with what is left of its session, and plan the next start."""
-        assert self.process is not None
+    def collect(self, level: int = logging.WARNING) -> int:
+        """Collect the ended process with what is left of its session, and plan the next start.
+
+        Returns its status, or its signal's number below zero.
+        """
+        assert self.running
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # while its number cannot be taken again
-        status = self.process.wait()
-        os.close(self.pidfd)
-        self.process, self.pidfd = None, -1
+            os.killpg(self.pid, signal.SIGKILL)  # while its number cannot be taken again
+        if self._popen is not None:
+            status = self._popen.wait()
+        else:
+            status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        for descriptor in (self.pidfd, *self.links.values()):
+            os.close(descriptor)
+        if self.ready_at is not None and time.monotonic() - self.ready_at >= STEADY_AFTER_S:
+            self.crashes = 0
+        self.crashes += status != 0 and status not in _KILLED
         self.plan_restart()
+        self._forget()
         how = f"signal {-status}" if status < 0 else f"status {status}"
         log.log(level, "%s ended, %s", self.name, how)
+        return status
 
     def plan_restart(self) -> None:
         """Set `due_at` by how well the last start went."""
@@ -142,7 +210,7 @@ class Child:
 
     def stop(self, number: signal.Signals, timeout_s: float) -> bool:
         """Ask the process to end, make it after `timeout_s`; return whether it is gone."""
-        if self.process is None:
+        if not self.running:
             return True
         self.send(number)
         if not self.wait(timeout_s):

@@ -23,6 +23,7 @@ from stratocache.fs.blocks import Blocks
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.manifests import Manifests
+from stratocache.fs.migrations import is_migrating
 from stratocache.fs.operations import finish
 from stratocache.fs.records import Caller, Disk, Operation
 from stratocache.fs.state import Database, record_event
@@ -112,7 +113,7 @@ class Promotion:
     async def _switch(self, operation: Operation, disk: Disk) -> bool:
         """Exchange the files; return False when that cannot be done now."""
         async with self._exclusive:
-            if self._has_pending_snapshot(disk.uuid):
+            if self._has_pending_snapshot(disk.uuid) or is_migrating(self._db, disk.uuid):
                 return False
             if not await self._targets.release(disk.uuid):
                 self._wake()

@@ -6,26 +6,26 @@ anywhere is repaired by the next pass. Passes never overlap.
 """
 
 import logging
-import sqlite3
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import cast
 
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import Conflict, ErrorRecord, from_record
+from stratocache.cache.errors import Conflict
 from stratocache.cache.images import ImageStore
-from stratocache.fs import inventory, records
+from stratocache.fs import launch_ends
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.disk_changes import DiskChanges
 from stratocache.fs.disk_reconciliation import DiskReconciliation
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.leases import Leases, utc_now
 from stratocache.fs.manifests import Manifests
 from stratocache.fs.operations import fail, finish
 from stratocache.fs.partition import mounted_images
-from stratocache.fs.records import Launch
-from stratocache.fs.state import Database, record_event
+from stratocache.fs.state import Database
 from stratocache.fs.target import TargetDaemon
 from stratocache.fs.target_reconciliation import TargetReconciliation
 
@@ -44,11 +44,13 @@ class Reconciler:
         targets: TargetDaemon,
         blocks: Blocks,
         work: DiskWork,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._configuration = configuration
         self._db = db
         self._blocks = blocks
         self.manifests = Manifests(db, images, disks)
+        self.leases = Leases(db, clock)
         self.targets = TargetReconciliation(configuration, db, disks, targets)
         self.exclusive = trio.Lock()
         """Held during a pass: whoever holds it may exchange the files of disks."""
@@ -64,13 +66,16 @@ class Reconciler:
     async def reconcile(self) -> bool:
         """Run one pass; return whether something is still to be done."""
         async with self.exclusive:
+            if self.leases.remaining_s() == 0:
+                await trio.to_thread.run_sync(self.leases.expire)
             await self._disks.create()
             settled = await self._changes.apply()
             settled &= await self.targets.reconcile()
             await trio.to_thread.run_sync(self._disks.end_quarantine)
             await self._disks.delete()
             await self._delete_images()
-            await trio.to_thread.run_sync(self._settle_launches)
+            if launch_ends.unsettled(self._db):
+                await trio.to_thread.run_sync(launch_ends.settle, self._db)
             return not settled
 
     async def _delete_images(self) -> None:
@@ -101,39 +106,3 @@ class Reconciler:
         with self._db.transaction() as connection:
             connection.execute("DELETE FROM images WHERE id = ?", (image_id,))
             finish(connection, "delete-image", image_id, {})
-
-    def _settle_launches(self) -> None:
-        """Call launches active whose attachments are ready, drop those of which nothing is left."""
-        rows = self._db.rows(
-            "SELECT * FROM launches WHERE state = 'ending' "
-            "OR state = 'preparing' AND boot_disk IS NOT NULL"
-        )
-        if not rows:
-            return
-        # one transaction for all: each costs a flush
-        with self._db.transaction() as connection:
-            for row in rows:
-                self._settle_launch(connection, records.launch_from(row))
-
-    def _settle_launch(self, connection: sqlite3.Connection, launch: Launch) -> None:
-        items = inventory.attachments(self._db, instance=launch.instance)
-        if launch.state == "preparing" and all(item.state == "ready" for item in items):
-            connection.execute(
-                "UPDATE launches SET state = 'active' WHERE instance = ? AND state = 'preparing'",
-                (launch.instance,),
-            )
-            finish(connection, "launch", launch.instance, {"instance": launch.instance})
-        boot = inventory.find_disk(self._db, launch.boot_disk or "")
-        # one that is there for good is in quarantine, or was
-        gone = not items and (boot is None or boot.state == "available")
-        if launch.state == "ending" and gone:
-            connection.execute("DELETE FROM launches WHERE instance = ?", (launch.instance,))
-            finish(connection, "halt", launch.instance, {})
-            started = inventory.operation(self._db, launch.operation_id)
-            if started.error is not None:
-                error = from_record(cast(ErrorRecord, started.error))
-                fail(connection, "launch", launch.instance, error)
-            record_event(
-                connection, "launch.ended", launch.instance,
-                f"Nothing of instance {launch.instance} is left.",
-            )  # fmt: skip

@@ -72,6 +72,7 @@ class LaunchRequest:
     readonly: tuple[str, ...] = ()
     initiator: str | None = None
     provisional: bool = False
+    lease_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,10 @@ class Disk:
     generation: int = 0
     """How often what is exported of it has changed."""
     quarantined_at: str | None = None
+    epoch: int = 0
+    """That of its latest attachment."""
+    problem: str | None = None
+    """What is wrong with its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +150,23 @@ class Attachment:
     access: Access
     initiator: str | None
     chap_username: str
-    chap_secret: str
+    sealed_secret: str
+    """See `stratocache.fs.secret_box`."""
     state: Literal["wanted", "ready", "removing"]
     owner: str
     created_at: str
     generation: int = 0
     """Of the disk, when the target was made."""
+    epoch: int = 0
+    """Which attachment of its disk it is, from 1 on; 0 = of an image."""
+    lease_s: int | None = None
+    lease_expires_at: str | None = None
+    migrates: str | None = None
+    """The attachment whose place it takes, as long as that exists."""
+    migration_expires_at: str | None = None
+    fencing: bool = False
+    problem: str | None = None
+    """Why it is not yet what it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +179,10 @@ class Launch:
     state: Literal["preparing", "active", "ending"]
     boot_disk: DiskUuid | None
     created_at: str
+    epoch: int = 0
+    """Greater than that of any launch before."""
+    lease_s: int | None = None
+    lease_expires_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +229,7 @@ def snapshot_from(row: sqlite3.Row) -> Snapshot:
 
 def attachment_from(row: sqlite3.Row) -> Attachment:
     """Read an `attachments` row."""
-    return Attachment(**dict(row))
+    return Attachment(**{**dict(row), "fencing": bool(row["fencing"])})
 
 
 def launch_from(row: sqlite3.Row) -> Launch:

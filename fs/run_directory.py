@@ -57,6 +57,16 @@ class RunDirectory:
         """The socket of the process that makes LIO's targets."""
         return self.path / "lio.sock"
 
+    @property
+    def supervisor_status(self) -> Path:
+        """What the supervisor says about itself (`supervisor_status`)."""
+        return self.path / "supervisor.json"
+
+    @property
+    def upgrade_request(self) -> Path:
+        """What `stratocache upgrade` wants (`upgrade`)."""
+        return self.path / "upgrade.json"
+
     def prepare(self, *others: Path | None) -> None:
         """Make what is missing, and the other directories, private ones; change nothing else.
 
@@ -82,27 +92,35 @@ class RunDirectory:
             ) from error
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the only supervisor here; raises `Conflict` (`already-running`)."""
-        descriptor = os.open(
-            self.path / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-        )  # fmt: skip
+    def lock(self, inherited: int | None = None) -> Iterator[int]:
+        """Be the only supervisor here; give the lock's descriptor.
+
+        `inherited` is a descriptor that has the lock already. Raises `Conflict` (`already-running`).
+        """
+        descriptor = inherited if inherited is not None else self._open_lock()
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(descriptor, 32).decode(errors="replace").strip()
-                raise Conflict(
-                    "already-running",
-                    f"Another Stratocache (process {holder or 'unknown'}) uses {self.path}; stop "
-                    "it or choose another run_dir.",
-                ) from None
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            self._forget_other_boot()
-            yield
+            if inherited is None:
+                self._take_lock(descriptor)
+                self._forget_other_boot()
+            yield descriptor
         finally:
             os.close(descriptor)
+
+    def _open_lock(self) -> int:
+        return os.open(self.path / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def _take_lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip()
+            raise Conflict(
+                "already-running",
+                f"Another Stratocache (process {holder or 'unknown'}) uses {self.path}; stop "
+                "it or choose another run_dir.",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _forget_other_boot(self) -> None:
         """Remove live bitmaps of before a reboot, should RUN_DIR not be on a tmpfs."""
@@ -115,9 +133,9 @@ class RunDirectory:
             bitmap.unlink()
         mark.write_text(boot)
 
-    def remove_sockets(self) -> None:
-        """Remove the sockets that dead processes left."""
+    def remove_leftovers(self) -> None:
+        """Remove the sockets and files that dead processes left, but for the API's socket."""
         lock = self.tgt_control.with_name(self.tgt_control.name + ".lock")
-        sockets = (self.api_socket, self.poke_socket, self.tgt_control, self.lio_control)
-        for path in (*sockets, lock):
+        sockets = (self.poke_socket, self.tgt_control, self.lio_control)
+        for path in (*sockets, lock, self.supervisor_status, self.upgrade_request):
             path.unlink(missing_ok=True)

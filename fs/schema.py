@@ -1,5 +1,7 @@
 """The state database's schema: numbered migrations; this text is the reference for every column.
 
+The SQL function `seal(attachment id, secret)` is `stratocache.fs.secret_box.SecretBox.seal`.
+
 Times are RFC 3339 UTC text with microseconds. JSON columns hold one object each. A migration is
 applied once, in one transaction, and `PRAGMA user_version` counts those applied; never edit one
 that has been released, add the next.
@@ -165,5 +167,61 @@ MIGRATIONS: tuple[str, ...] = (
     INSERT INTO launches SELECT * FROM temp.old_launches;
     DROP TABLE temp.old_operations;
     DROP TABLE temp.old_launches;
+    """,
+    """
+    -- how often it has been attached: each attachment's epoch is greater than those before
+    ALTER TABLE disks ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+    -- what is wrong with its files, a sentence; NULL = nothing that is known
+    ALTER TABLE disks ADD COLUMN problem TEXT;
+    CREATE INDEX disks_with_problem ON disks (problem) WHERE problem IS NOT NULL;
+
+    DROP INDEX attachments_exclusive;
+    DROP INDEX attachments_once;
+    -- chap_secret, sealed: see fs.secret_box
+    ALTER TABLE attachments RENAME COLUMN chap_secret TO sealed_secret;
+    UPDATE attachments SET sealed_secret = seal(id, sealed_secret);
+    -- which attachment of its disk it is, counted from 1; 0 = of an image
+    ALTER TABLE attachments ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+    -- for how many seconds a renewal is good, and until when; NULL = for ever
+    ALTER TABLE attachments ADD COLUMN lease_s INTEGER;
+    ALTER TABLE attachments ADD COLUMN lease_expires_at TEXT;
+    -- attachment whose place it takes, as long as that exists, and until when at the latest
+    ALTER TABLE attachments ADD COLUMN migrates TEXT;
+    ALTER TABLE attachments ADD COLUMN migration_expires_at TEXT;
+    -- 1 = it ends by force, and an event proves the end
+    ALTER TABLE attachments ADD COLUMN fencing INTEGER NOT NULL DEFAULT 0 CHECK (fencing IN (0, 1));
+    -- why it is not yet what it should be, a sentence; NULL = nothing went wrong
+    ALTER TABLE attachments ADD COLUMN problem TEXT;
+    UPDATE attachments SET epoch = 1 WHERE disk_uuid IS NOT NULL;
+    UPDATE disks SET epoch = 1 WHERE uuid IN (SELECT disk_uuid FROM attachments);
+    CREATE INDEX attachments_by_disk ON attachments (disk_uuid);
+    CREATE UNIQUE INDEX attachments_once ON attachments (instance, disk_uuid)
+        WHERE migrates IS NULL;
+    -- one that writes, and at most one more that is about to take its place
+    CREATE UNIQUE INDEX attachments_exclusive ON attachments (disk_uuid)
+        WHERE access = 'rw' AND migrates IS NULL;
+    CREATE UNIQUE INDEX attachments_migrating ON attachments (disk_uuid)
+        WHERE migrates IS NOT NULL;
+    CREATE INDEX attachments_leased ON attachments (lease_expires_at)
+        WHERE lease_expires_at IS NOT NULL;
+
+    CREATE TABLE new_launches (
+        epoch        INTEGER PRIMARY KEY AUTOINCREMENT, -- greater than that of any launch before
+        instance     TEXT NOT NULL UNIQUE,  -- id of the VM, given by whoever launches it
+        operation_id TEXT NOT NULL UNIQUE REFERENCES operations (id),
+        request      TEXT NOT NULL,         -- JSON of what was asked, to recognise a repetition
+        state        TEXT NOT NULL CHECK (state IN ('preparing', 'active', 'ending')),
+        boot_disk    TEXT,                  -- uuid of the clone; NULL until it is made
+        lease_s      INTEGER,               -- as of attachments; runs from when it is active
+        lease_expires_at TEXT,
+        created_at   TEXT NOT NULL
+    ) STRICT;
+    INSERT INTO new_launches (instance, operation_id, request, state, boot_disk, created_at)
+        SELECT instance, operation_id, request, state, boot_disk, created_at FROM launches
+        ORDER BY created_at;
+    DROP TABLE launches;
+    ALTER TABLE new_launches RENAME TO launches;
+    CREATE INDEX launches_leased ON launches (lease_expires_at)
+        WHERE lease_expires_at IS NOT NULL;
     """,
 )

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from stratocache.cache.errors import Conflict
 from stratocache.fs import content_hold, inventory
 from stratocache.fs.intents import add_operation, own_disk, refuse_busy
+from stratocache.fs.migrations import require_settled
 from stratocache.fs.records import Caller, Disk, Operation, SaveRequest, Snapshot
 from stratocache.fs.state import Database, now
 
@@ -15,10 +16,11 @@ def create_snapshot(db: Database, caller: Caller, uuid: str, *, tag: str = "") -
     """Ask for a snapshot of a disk; the operation's subject is its id.
 
     The operation is done as soon as the disk's present content is kept for good. Raises `Conflict`
-    (`disk-busy`).
+    (`disk-busy`, `disk-migrating`).
     """
     with db.transaction() as connection:
         disk = _changeable(db, caller, uuid)
+        require_settled(db, uuid)
         snapshot_id = _insert(connection, disk, caller.name, tag=tag)
         return add_operation(
             connection, caller, "snapshot", snapshot_id, {"disk": uuid, "tag": tag}
@@ -76,12 +78,13 @@ def rollback(db: Database, caller: Caller, uuid: str, snapshot_id: str) -> Opera
 def save_disk(db: Database, caller: Caller, uuid: str, request: SaveRequest) -> Operation:
     """Ask for a disk, as it is now or was at a snapshot, to become an image of this host's cache.
 
-    Raises `Conflict` (`disk-busy`, `snapshot-busy`).
+    Raises `Conflict` (`disk-busy`, `disk-migrating`, `snapshot-busy`).
     """
     with db.transaction() as connection:
         disk = _changeable(db, caller, uuid)
         wanted = asdict(request)
         if request.snapshot is None:
+            require_settled(db, uuid)
             wanted["snapshot"] = _insert(connection, disk, caller.name, transient=True)
         else:
             _require_available(inventory.snapshot(db, caller, request.snapshot, disk_uuid=uuid))

@@ -137,6 +137,18 @@ def admit(configuration: Configuration, db: Database, uuid: str, size_bytes: int
         )
 
 
+def admits_all(configuration: Configuration, db: Database) -> bool:
+    """Tell whether every disk of the database could be given its whole size; then `admit` admits
+    each of those that are being made."""
+    _, free_bytes = _file_system(configuration.state_dir)
+    if free_bytes < configuration.space.reserve_bytes:
+        return False
+    limit_bytes = _limit(configuration, _available(configuration, free_bytes))
+    every = db.row("SELECT coalesce(sum(size_bytes), 0) FROM disks WHERE state <> 'deleting'")
+    assert every is not None
+    return bool(every[0] <= limit_bytes)
+
+
 def holdings(db: Database) -> list[ImageHolding]:
     """Return every image with what keeps it, the longest unused first."""
     disks: dict[str | None, list[Disk]] = {}

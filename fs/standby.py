@@ -4,7 +4,8 @@
 
 Python's start and imports are most of what a guest waits for when `blockd` dies, so they are done
 ahead of need. The supervisor's side is `Standby`; the program is the other side: it imports MODULE,
-says so, and becomes it (`MODULE.main()`) when told. Every `blockd` starts this way, the first too.
+and what MODULE can do without at first (`MODULE.prepare()`) unless it is told to go already, says
+so, and becomes it (`MODULE.main()`) when told. Every `blockd` starts this way, the first too.
 Standard library only.
 """
 
@@ -12,47 +13,38 @@ import argparse
 import ctypes
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from stratocache.fs.processes import Child, Launch
 
 _PR_SET_NAME = 15
 _IMPORTED, _SERVING, _GO = b"I", b"R", b"G"
 _REPORTS_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Pipes:
-    """Our ends of the pipes to one process."""
-
-    reports: int
-    go: int
+REPORTS_LINK, _GO_LINK = "reports", "go"
 
 
 class Standby:
     """Starts `active` at once from `spare`, when there is one, and `spare` ahead of need.
 
-    `module` has a `main()` that reads `sys.argv` and writes `R` to `--ready-fd` when it serves.
+    `module` has a `prepare()`, and a `main()` that reads `sys.argv` and writes `R` to `--ready-fd` when it serves.
     """
 
     def __init__(self, active: Child, spare: Child, module: Sequence[str]) -> None:
         self.active = active
         self.spare = spare
         self._module = list(module)
-        self._pipes: dict[Child, _Pipes] = {}
 
     def start_active(self, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
         """Let the spare become the program, else start one; raises `OSError`."""
         if self.spare.running and not self.spare.wait(0):
             self.active.take_over(self.spare)
-            self._pipes[self.active] = self._pipes.pop(self.spare)
         else:
             self._start(self.active, arguments, descriptors)
         with suppress(BrokenPipeError):  # dead already; the loop will see that
-            os.write(self._pipes[self.active].go, _GO)
+            os.write(self.active.links[_GO_LINK], _GO)
 
     def start_spare(self, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
         """Start the process that waits; raises `OSError`."""
@@ -66,8 +58,9 @@ class Standby:
             sys.executable, "-m", "stratocache.fs.standby", "--go-fd", str(waits), *ready_fd,
             *self._module, *arguments, *ready_fd,
         ]  # fmt: skip
+        launch = Launch(command, descriptors=(*descriptors, ready, waits))
         try:
-            child.start(Launch(command, descriptors=(*descriptors, ready, waits)))
+            child.start(launch, {REPORTS_LINK: reports, _GO_LINK: go})
         except BaseException:
             os.close(reports)
             os.close(go)
@@ -75,23 +68,19 @@ class Standby:
         finally:
             os.close(ready)
             os.close(waits)
-        os.set_blocking(reports, False)
-        self._pipes[child] = _Pipes(reports, go)
 
     def is_ready(self, child: Child) -> bool:
         """Whether the active one said meanwhile that it serves, or the spare that it waits."""
-        try:
-            said = os.read(self._pipes[child].reports, _REPORTS_BYTES)
-        except BlockingIOError:
-            return False
-        return (_SERVING if child is self.active else _IMPORTED) in said
+        return (_SERVING if child is self.active else _IMPORTED) in reports(child)
 
-    def forget(self, child: Child) -> None:
-        """Close what connected us to a process that has ended."""
-        pipes = self._pipes.pop(child, None)
-        if pipes is not None:
-            os.close(pipes.reports)
-            os.close(pipes.go)
+
+def reports(child: Child) -> bytes:
+    """Return what a child wrote to its `--ready-fd` since we last looked."""
+    os.set_blocking(child.links[REPORTS_LINK], False)
+    try:
+        return os.read(child.links[REPORTS_LINK], _REPORTS_BYTES)
+    except BlockingIOError:
+        return b""
 
 
 def main() -> None:
@@ -104,6 +93,8 @@ def main() -> None:
     given = parser.parse_args()
     _set_name("standby")
     program = importlib.import_module(given.module)
+    if not _is_told(given.go_fd):
+        program.prepare()
     os.write(given.ready_fd, _IMPORTED)
     if os.read(given.go_fd, len(_GO)) != _GO:
         return  # nobody needs it any more
@@ -111,6 +102,12 @@ def main() -> None:
     _set_name(given.module.rpartition(".")[2])
     sys.argv = [given.module, *given.arguments]
     program.main()
+
+
+def _is_told(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _set_name(name: str) -> None:

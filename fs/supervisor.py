@@ -16,52 +16,42 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from stratocache import __version__
 from stratocache.cache.errors import StratocacheError
-from stratocache.fs.fuse_mount import FuseMount, unmount_stale
-from stratocache.fs.holder import Holder
+from stratocache.fs import handover
+from stratocache.fs.crew import Crew, Settings
+from stratocache.fs.listener import listen, listens_at
+from stratocache.fs.mount_keeper import STORED_AS, MountKeeper
 from stratocache.fs.poke import poke
 from stratocache.fs.pool import Pool
-from stratocache.fs.portal import Portal
-from stratocache.fs.processes import Child, Launch
+from stratocache.fs.processes import Child
 from stratocache.fs.run_directory import RunDirectory
-from stratocache.fs.standby import Standby
-from stratocache.fs.target_process import Backend, TargetProcess
+from stratocache.fs.service_manager import ServiceManager, stored_descriptors
+from stratocache.fs.supervisor_status import State, SupervisorStatus, write_status
+from stratocache.fs.upgrading import Upgrading
 
 log = logging.getLogger(__name__)
 
 READY_LINE = "stratocache: ready"
+CRASHES_MAX = 10
+"""So many crashes of `blockd`, never ready for `processes.STEADY_AFTER_S`: it is given up."""
 
-_POLL_INTERVAL_S = 0.005
-_STOP_TIMEOUT_S = 10.0
 _SPARE_DELAY_S = 0.5  # guests that waited for blockd need the processors first
 _API_DELAY_S = 3.0  # at most, at our own start: nobody's disk waits for the API
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the supervisor needs of the configuration."""
-
-    run_dir: Path
-    state_dir: Path
-    config_json: Path
-    address: str = "127.0.0.1"
-    port: int = 3260
-    tgtd: str = "tgtd"
-    backend: Backend = "tgt"
-    log_dir: Path | None = None
+_UPGRADE_INTERVAL_S = 0.02
+_STORED_API = "api"
 
 
 class Supervisor:
     """One appliance. `run` returns when it has been asked to stop and everything is taken down.
 
-    `commands` replaces the module of `blockd` (with its first arguments) or the program of `api`.
-    `resend=False` recovers as on kernels without FUSE_NOTIFY_RESEND.
+    `commands` as `Crew` has them. `resend=False` recovers as on kernels without FUSE_NOTIFY_RESEND.
     """
 
     def __init__(
@@ -71,45 +61,20 @@ class Supervisor:
         commands: Mapping[str, Sequence[str]] | None = None,
         resend: bool = True,
     ) -> None:
-        python = sys.executable
         self._settings = settings
         self._directory = RunDirectory(settings.run_dir)
-        lio = settings.backend == "lio"
-        self._target = TargetProcess(
-            settings.backend,
-            Portal(settings.address, settings.port),
-            settings.tgtd,
-            self._directory.lio_control if lio else self._directory.tgt_control,
-            self._directory.blocks,
-        )
-        self._commands = {
-            "blockd": ["stratocache.fs.blockd"],
-            "api": [python, "-m", "stratocache.api.server"],
-            **(commands or {}),
-        }
-        self._resend = resend
+        self._crew = Crew(settings, commands or {})
+        self._manager = ServiceManager()
+        self._keeper = MountKeeper(self._crew, self._directory, self._manager, resend=resend)
         self._pool: Pool | None = None
-        self._mount: FuseMount | None = None
+        self._lock = -1
         self._stopping = False
         self._announced = False
-        names = ("holder", "blockd", "tgtd", "api", "spare")
-        self._children = {name: Child(name, self._log_file(name)) for name in names}
-        self._children["spare"].due_at = math.inf
-        self._standby = Standby(
-            self._children["blockd"], self._children["spare"], self._commands["blockd"]
+        self._fault = ""
+        self._upgrading = Upgrading(
+            self._crew, self._directory.upgrade_request, settings.config_json
         )
-        self._holder = Holder(self._children["holder"], self._directory.blocks if lio else None)
-        self._launch: dict[str, Callable[[], None]] = {
-            "blockd": self._start_blockd,
-            "spare": self._start_spare,
-            "tgtd": self._start_tgtd,
-            "api": self._start_api,
-            "holder": self._start_holder,
-        }
-
-    def _log_file(self, name: str) -> Path | None:
-        program = "blockd" if name == "spare" else name
-        return self._settings.log_dir / f"{program}.log" if self._settings.log_dir else None
+        self._said = ""
 
     def run(self) -> None:
         """Supervise until SIGTERM or SIGINT.
@@ -118,28 +83,29 @@ class Supervisor:
         directory that cannot be used, `Internal` without FUSE, what `Pool.mount` raises.
         """
         settings, directory = self._settings, self._directory
+        handed = handover.receive()
+        stored = stored_descriptors()
         directory.prepare(settings.state_dir, settings.log_dir)
-        with directory.lock(), self._signals() as wakeup:
+        inherited = None if handed is None else handover.own(handed["lock"])
+        with directory.lock(inherited) as self._lock, self._signals() as wakeup:
             try:
-                self._pool = Pool.read(settings.state_dir)
-                if self._pool is not None:
-                    self._pool.mount()
-                self._target.suspend()
-                unmount_stale(directory.blocks)
-                directory.blocks.mkdir(mode=0o755, exist_ok=True)
-                directory.remove_sockets()
-                self._target.wait_until_free()
-                self._mount = FuseMount(directory.blocks, directory.init_request)
-                self._children["api"].due_at = time.monotonic() + _API_DELAY_S
+                if handed is not None:
+                    self._resume(handed)
+                else:
+                    self._begin(stored)
                 while not self._stopping:
-                    self._start_due()
+                    self._crew.start_due()
+                    self._write_status()
                     self._wait_for_event(wakeup)
+                    if self._upgrading.advance():
+                        self._become_new_code()
             finally:
                 self._take_down()
 
     @contextmanager
     def _signals(self) -> Iterator[socket.socket]:
-        """Turn SIGTERM and SIGINT into a stop, and make every signal readable on a socket."""
+        """Turn SIGTERM and SIGINT into a stop, SIGHUP into an upgrade, and make every signal
+        readable on a socket."""
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
@@ -147,15 +113,13 @@ class Supervisor:
         def stop(number: int, frame: FrameType | None) -> None:
             self._stopping = True
 
-        def ignore(number: int, frame: FrameType | None) -> None:
-            """Unlike SIG_IGN, not inherited by children."""
+        def upgrade(number: int, frame: FrameType | None) -> None:
+            self._upgrading.asked = True
 
-        before = {
-            signal.SIGTERM: signal.signal(signal.SIGTERM, stop),
-            signal.SIGINT: signal.signal(signal.SIGINT, stop),
-            signal.SIGHUP: signal.signal(signal.SIGHUP, ignore),
-        }
+        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: upgrade}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        handover.release_signals()
         try:
             yield reader
         finally:
@@ -165,193 +129,165 @@ class Supervisor:
             reader.close()
             writer.close()
 
-    # -- children
+    # -- beginnings
 
-    def _start_due(self) -> None:
-        now = time.monotonic()
-        for name, child in self._children.items():
-            if not child.running and now >= child.due_at:
-                try:
-                    self._launch[name]()
-                except OSError as error:
-                    log.error("%s cannot be started: %s", name, error)
-                    child.plan_restart()
-
-    def _start_blockd(self) -> None:
-        self._children["spare"].due_at = math.inf
-        self._standby.start_active(*self._blockd_launch())
-
-    def _start_spare(self) -> None:
-        self._standby.start_spare(*self._blockd_launch())
-
-    def _blockd_launch(self) -> tuple[list[str], tuple[int, ...]]:
-        """Return the arguments and the inherited descriptors of a `blockd`."""
-        assert self._mount is not None
-        descriptor = self._mount.descriptor
-        config_json = str(self._settings.config_json)
-        return ["--config-json", config_json, "--fuse-fd", str(descriptor)], (descriptor,)
-
-    def _start_tgtd(self) -> None:
-        if not self._target.can_listen():
-            self._children["tgtd"].due_at = time.monotonic() + _POLL_INTERVAL_S
-            return
-        assert self._mount is not None
-        self._children["tgtd"].start(self._target.launch())
-        self._holder.hold(self._mount.descriptor, self._children["tgtd"].pidfd)
-
-    def _start_holder(self) -> None:
-        self._holder.start()
-        tgtd = self._children["tgtd"]
-        if tgtd.running and self._mount is not None:
-            self._holder.hold(self._mount.descriptor, tgtd.pidfd)
-
-    def _start_api(self) -> None:
-        self._children["api"].start(
-            Launch([*self._commands["api"], "--config-json", str(self._settings.config_json)])
+    def _begin(self, stored: Mapping[str, int]) -> None:
+        """Start with nothing, or with what the service manager kept of a killed predecessor."""
+        directory = self._directory
+        self._pool = Pool.read(self._settings.state_dir)
+        if self._pool is not None:
+            self._pool.mount()
+        directory.remove_leftovers()
+        self._keeper.begin(stored.get(STORED_AS))
+        self._crew.listener = self._stored_listener(stored.get(_STORED_API)) or listen(
+            directory.api_socket, self._settings.group
         )
+        self._manager.store(_STORED_API, self._crew.listener.fileno())
+        self._crew.api.due_at = time.monotonic() + _API_DELAY_S
+
+    def _stored_listener(self, descriptor: int | None) -> socket.socket | None:
+        if descriptor is None:
+            return None
+        if not listens_at(descriptor, self._directory.api_socket):
+            os.close(descriptor)
+            return None
+        return socket.socket(fileno=descriptor)
+
+    def _resume(self, handed: Mapping[str, Any]) -> None:
+        """Go on after our own re-execution, and let the new code take over from there."""
+        self._pool = Pool.read(self._settings.state_dir)
+        self._keeper.resume(handover.own(handed["fuse"]))
+        self._crew.listener = socket.socket(fileno=handover.own(handed["listener"]))
+        self._crew.resume(handed["children"])
+        self._announced = handed["announced"]
+        self._upgrading.resume(handed, lambda: self._fault)
+        self._manager.notify("STATUS=")  # of whatever was wrong before
+        log.info("version %s goes on as pid %d", __version__, os.getpid())
+
+    # -- events
 
     def _wait_for_event(self, wakeup: socket.socket) -> None:
-        running = [child for child in self._children.values() if child.running]
+        running, mount = self._crew.running, self._crew.mount
         poll = select.poll()
         poll.register(wakeup, select.POLLIN)
-        if self._mount is not None:
-            poll.register(self._mount.descriptor, 0)  # POLLERR, which always counts: aborted
+        if mount is not None:
+            poll.register(mount.descriptor, 0)  # POLLERR, which always counts: aborted
         for child in running:
             poll.register(child.pidfd, select.POLLIN)
-        now = time.monotonic()
-        waits = [child.due_at - now for child in self._children.values() if not child.running]
-        if any(child.ready_at is None for child in running):
-            waits.append(_POLL_INTERVAL_S)
-        wait_s = min(waits, default=math.inf)
-        timeout_ms = None if wait_s == math.inf else max(0.0, wait_s) * 1000
-        happened = {descriptor for descriptor, _ in poll.poll(timeout_ms)}
+        wait_s = self._crew.wait_s()
+        if self._upgrading.active:
+            wait_s = min(wait_s, _UPGRADE_INTERVAL_S)
+        happened = {fd for fd, _ in poll.poll(None if wait_s == math.inf else wait_s * 1000)}
         if wakeup.fileno() in happened:
             with suppress(BlockingIOError):
                 wakeup.recv(4096)
-        if self._mount is not None and self._mount.descriptor in happened:
-            self._replace_lost_mount()
+        if mount is not None and mount.descriptor in happened:
+            self._keeper.replace_lost()
         for child in running:
             if child.pidfd in happened:
                 self._collect(child)
-            elif child.running and child.ready_at is None and self._is_ready(child):
+            elif child.running and not child.ready and self._crew.is_ready(child):
                 self._note_ready(child)
 
-    def _is_ready(self, child: Child) -> bool:
-        if child.name in ("blockd", "spare"):
-            return self._standby.is_ready(child)
-        if child.name == "tgtd":
-            return _answers(self._target.control)
-        if child.name == "holder":
-            return True
-        return _answers(self._directory.api_socket)
-
     def _note_ready(self, child: Child) -> None:
+        crew = self._crew
         child.mark_ready()
-        if child.name == "tgtd":
+        if child is crew.tgtd:
             poke(self._directory.poke_socket)  # it has no targets yet
-        if child.name == "blockd":
-            self._children["spare"].due_at = time.monotonic() + _SPARE_DELAY_S
+        if child is crew.blockd:
+            crew.spare.due_at = time.monotonic() + _SPARE_DELAY_S
             if not self._announced:
-                self._children["api"].due_at = 0.0
-        if not self._announced and all(
-            other.ready_at is not None for name, other in self._children.items() if name != "spare"
-        ):
-            self._announced = True
+                crew.api.due_at = 0.0
+        if not self._announced and crew.ready:
             print(READY_LINE, flush=True)
-            _notify("READY=1")
+            self._announce()
 
-    # -- recovery
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            self._manager.notify("READY=1")
 
     def _collect(self, child: Child) -> None:
         child.collect()
-        self._standby.forget(child)
-        if child.name == "blockd":
-            self._recover_connection()
+        if child is self._crew.blockd:
+            self._keeper.recover()
+            if child.crashes >= CRASHES_MAX:
+                self._freeze()
 
-    def _replace_lost_mount(self) -> None:
-        """Somebody unmounted or aborted by force: begin anew with a `blockd` of the new mount."""
-        blockd = self._children["blockd"]
-        if not blockd.running:
-            self._recover_connection()
-        elif not blockd.wait(0):
-            log.error("the FUSE connection was aborted from outside")
-            blockd.send(signal.SIGKILL)
-            blockd.wait(_STOP_TIMEOUT_S)  # it cannot linger on a connection that is gone
+    def _freeze(self) -> None:
+        """Give `blockd` up: guests wait, nobody gets an error, everything else goes on."""
+        self._fault = (
+            f"blockd has crashed {CRASHES_MAX} times and is not started any more; guests wait. "
+            "See the log, install a version that works, and run `stratocache upgrade`."
+        )
+        log.critical("%s", self._fault)
+        self._crew.blockd.held = True
+        self._crew.drop_spare()
+        self._crew.api.due_at = 0.0
+        self._manager.notify(f"STATUS=Frozen: {self._fault}")
+        self._announce()
 
-    def _recover_connection(self) -> None:
-        """Let the next `blockd` continue the connection, or give it a new one."""
-        assert self._mount is not None
-        if self._resend and self._mount.can_resend and self._mount.connected:
+    def _become_new_code(self) -> None:
+        """Execute the new code, with everything that lives; stay as we are when that fails."""
+        crew = self._crew
+        assert crew.mount is not None
+        assert crew.listener is not None
+        crew.drop_spare()
+        handover.hold_signals()
+        if not self._stopping:
+            state = {
+                "lock": self._lock,
+                "fuse": crew.mount.descriptor,
+                "listener": crew.listener.fileno(),
+                "children": crew.handed_over(),
+                "announced": self._announced,
+                "asked": self._upgrading.asked,
+            }
+            ours = [self._lock, crew.mount.descriptor, crew.listener.fileno()]
+            self._upgrading.execute(state, [*ours, *crew.descriptors])
+            crew.spare.due_at = 0.0
+        handover.release_signals()
+
+    def _write_status(self) -> None:
+        if self._upgrading.active:
+            state = State.UPGRADING
+        elif self._fault:
+            state = State.FROZEN
+        else:
+            state = State.READY if self._crew.ready else State.STARTING
+        status = SupervisorStatus(
+            __version__,
+            os.getpid(),
+            state,
+            self._fault,
+            self._crew.status(),
+            self._upgrading.record,
+        )
+        said = status.to_json()
+        if said != self._said:
+            self._said = said
             try:
-                self._mount.resend()
+                write_status(self._directory.supervisor_status, said)
             except OSError as error:
-                log.error("the kernel does not send requests again: %s", error)
-            else:
-                return
-        tgtd = self._children["tgtd"]
-        suspension = self._target.suspend()
-        tgtd.send(signal.SIGKILL)  # first: it must not see the errors of the abort
-        self._mount.unmount()
-        self._mount = None
-        if not tgtd.wait(_STOP_TIMEOUT_S):
-            log.error("tgtd does not end; its sessions may see errors")
-        suspension.wait(_STOP_TIMEOUT_S)
-        unmount_stale(self._directory.blocks)
-        self._drop_spare()
-        self._mount = FuseMount(self._directory.blocks, self._directory.init_request)
-
-    def _drop_spare(self) -> None:
-        """End the spare, which has inherited the connection of the time when it was started."""
-        spare = self._children["spare"]
-        spare.stop(signal.SIGKILL, _STOP_TIMEOUT_S)
-        self._standby.forget(spare)
-        spare.due_at = math.inf
+                log.error("%s cannot be written: %s", self._directory.supervisor_status, error)
 
     # -- after
 
     def _take_down(self) -> None:
         """Stop in the order of use: who asks, who serves, who answers, the mount."""
         if self._announced:
-            _notify("STOPPING=1")
-        children = self._children
-        children["api"].stop(signal.SIGTERM, _STOP_TIMEOUT_S)
-        children["tgtd"].stop(signal.SIGKILL, _STOP_TIMEOUT_S)  # ignores SIGTERM with targets
-        self._target.clear()
-        self._drop_spare()
-        children["blockd"].stop(signal.SIGTERM, _STOP_TIMEOUT_S)
-        if self._mount is not None:
-            self._mount.unmount()
-            self._mount = None
-        self._holder.forget()
-        for child in children.values():  # the abort frees one that waited on the mount
-            child.stop(signal.SIGKILL, _STOP_TIMEOUT_S)
-            self._standby.forget(child)
+            self._manager.notify("STOPPING=1")
+        self._manager.remove(_STORED_API)
+        crew = self._crew
+        crew.stop_asking()
+        self._keeper.end()
+        crew.stop_all()  # the abort frees one that waited on the mount
+        if crew.listener is not None:
+            crew.listener.close()
+            self._directory.api_socket.unlink(missing_ok=True)
         if self._pool is not None:
             self._pool.unmount()
-        self._directory.remove_sockets()
-
-
-def _answers(path: Path) -> bool:
-    """Whether somebody accepts connections on a Unix socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(os.fspath(path))
-        except OSError:
-            return False
-    return True
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, if it started us (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        name = "\0" + address[1:] if address.startswith("@") else address
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-            suppress(OSError),
-        ):
-            sender.sendto(state.encode(), name)
+        self._directory.remove_leftovers()
 
 
 def run_reporting(supervisor: Supervisor, log_level: str) -> int:
@@ -385,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port=iscsi["port"],
         tgtd=iscsi["tgtd"],
         backend=iscsi["backend"],
+        group=configuration["api"]["group"],
         log_dir=given.log_dir,
     )
     return run_reporting(Supervisor(settings), configuration["log_level"])

@@ -57,20 +57,29 @@ class ActualTarget:
     serial: str
     accounts: tuple[str, ...]
     acl: tuple[str, ...]
+    initiators: tuple[str, ...] = ()
+    """Who is logged in, as far as the daemon tells here; one more than once with several sessions."""
 
     def matches(self, target: Target) -> bool:
         """Whether this is the complete target that is wanted, as far as can be seen."""
-        return (
-            self.number == target.number
-            and self.iqn == target.iqn
-            and self.luns == (LUN,)
-            and self.backing == str(target.backing)
-            and self.online
-            and self.read_only == target.read_only
-            and self.serial == target.serial
-            and self.accounts == (target.chap_username,)
-            and self.acl == (target.initiator or "ALL",)
-        )
+        return self.difference(target) is None
+
+    def difference(self, target: Target) -> str | None:
+        """Return the first thing that is otherwise than wanted, None when nothing is."""
+        strangers = set(self.initiators) - {target.initiator} if target.initiator else set()
+        agreeing = {
+            "number": self.number == target.number,
+            "name": self.iqn == target.iqn,
+            "logical units": self.luns == (LUN,),
+            "file": self.backing == str(target.backing),
+            "offline": self.online,
+            "write protection": self.read_only == target.read_only,
+            "serial": self.serial == target.serial,
+            "account": self.accounts == (target.chap_username,),
+            "access list": self.acl == (target.initiator or "ALL",),
+            "session of another initiator": not strangers,
+        }
+        return next((name for name, agrees in agreeing.items() if not agrees), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,25 @@
-"""iSCSI targets and attachments: each attachment has its target, each target its attachment."""
+"""iSCSI targets and attachments: each attachment has its target, each target its attachment.
+
+What may be found otherwise and what is done about it: ATTACHMENTS.md.
+"""
 
 import logging
-import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import Cancelled, StratocacheError, Unreachable
-from stratocache.fs import intents, inventory, records
+from stratocache.cache.errors import Conflict, StratocacheError, Unreachable
+from stratocache.fs import inventory, orphans, records
+from stratocache.fs.attachment_outcomes import Outcomes
+from stratocache.fs.attachment_secrets import AttachmentSecrets
+from stratocache.fs.disk_presence import DiskPresence
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.layers import RAW_DATA
-from stratocache.fs.operations import fail, finish, undo_launch
-from stratocache.fs.records import Attachment
-from stratocache.fs.state import Database
+from stratocache.fs.records import Attachment, Disk
+from stratocache.fs.state import Database, record_event
 from stratocache.fs.target import ActualTarget, Target, TargetDaemon, iqn_of, serial_of
 
 log = logging.getLogger(__name__)
@@ -24,6 +30,26 @@ _CHANGED = """
     WHERE attachments.state <> 'ready' OR attachments.generation <> disks.generation
     ORDER BY attachments.number
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A target that should be."""
+
+    item: Attachment
+    target: Target
+    generation: int
+    new_secret: bool
+    """Whether a target that is there may have another secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What should be of some attachments, by their numbers."""
+
+    targets: dict[int, _Wanted]
+    missing: dict[int, str]
+    """Those whose disk has lost its files, and what to say of it."""
 
 
 class TargetReconciliation:
@@ -41,9 +67,14 @@ class TargetReconciliation:
         self._db = db
         self._disks = disks
         self._targets = targets
-        self._secrets = configuration.run_dir / "secrets"
+        self._secrets = AttachmentSecrets(db, configuration.run_dir)
+        self._presence = DiskPresence(db, disks)
         self._known: object = None
         """The daemon's incarnation whose targets are what the rows say, as far as they are at rest."""
+        self._settled: object = None
+        """The incarnation whose targets were so at any time."""
+        self._shared: set[str] = set()
+        """Attachments of which it has been said that several initiators use them."""
         self._looked_at = 0.0
 
     async def release(self, disk_uuid: str) -> bool:
@@ -52,9 +83,9 @@ class TargetReconciliation:
         Return False when one of them stays for now.
         """
         released = True
-        self._known = None
+        self._known = self._settled = None
         for item in inventory.attachments(self._db, disk_uuid=disk_uuid):
-            released &= await self._remove_target(item.number)
+            released &= await self._remove_target(item.number) is None
         return released
 
     async def reconcile(self) -> bool:
@@ -68,108 +99,213 @@ class TargetReconciliation:
         self._known = None
         if known:
             items = [records.attachment_from(row) for row in self._db.rows(_CHANGED)]
-            actual: dict[int, ActualTarget] = {}
-            settled = not items or await self._settle(items, actual, known=True)
+            settled = not items or await self._settle(items, None)
         else:
-            self._looked_at = trio.current_time()
-            items = await trio.to_thread.run_sync(self._all)
             try:
-                actual = await self._targets.list()
+                settled = await self._look(undisturbed=incarnation == self._settled)
             except Unreachable as error:
                 log.info("targets wait: %s", error)
                 return False
-            settled = True
-            for number in set(actual) - {item.number for item in items}:
-                settled &= await self._remove_target(number)
-            settled &= await self._settle(items, actual, known=False)
         if settled:
-            self._known = incarnation
+            self._known = self._settled = incarnation
         return settled
 
+    async def _look(self, *, undisturbed: bool) -> bool:
+        """Look at all that there is; return False when something must be tried again.
+
+        When nothing has disturbed what was settled, whatever differs was done by others.
+        """
+        self._looked_at = trio.current_time()
+        items = await trio.to_thread.run_sync(self._all)
+        actual = await self._targets.list()
+        settled = True
+        for number in sorted(set(actual) - {item.number for item in items}):
+            settled &= await self._remove_target(number) is None
+            iqn = actual[number].iqn
+            await trio.to_thread.run_sync(
+                self._record, "target.removed", iqn, f"Target {iqn} belongs to no attachment."
+            )
+        await self._report_shared(items, actual)
+        return await self._settle(items, actual, undisturbed=undisturbed) and settled
+
     async def _settle(
-        self, items: list[Attachment], actual: dict[int, ActualTarget], *, known: bool
+        self,
+        items: list[Attachment],
+        actual: dict[int, ActualTarget] | None,
+        *,
+        undisturbed: bool = False,
     ) -> bool:
         """Make the targets of some attachments agree; return False if that must be tried again.
 
-        When they are `known`, those that are ready have a target and those that are wanted none.
+        Without what there is, those that are ready have a target and those that are wanted none.
         """
-        wanted = await trio.to_thread.run_sync(self._wanted_targets, items)
+        outcomes = Outcomes()
+        known = actual is None
+        there = actual or {}
+        wishes = await trio.to_thread.run_sync(self._wishes, items, not known)
         settled = True
-        ended: list[Attachment] = []
         for item in items:
             if item.state == "removing":
-                gone = not known and item.number not in actual
-                if gone or await self._remove_target(item.number):
-                    ended.append(item)
+                error = None if not known and item.number not in there else await self._cut(item)
+                if error is None:
+                    outcomes.ended.append(item)
                 else:
                     settled = False
-            elif item.number not in wanted:
-                there = item.state == "ready" if known else item.number in actual
-                settled &= not there or await self._remove_target(item.number)
-        made: list[tuple[Attachment, int]] = []
-        failed: list[tuple[Attachment, StratocacheError]] = []
-        for item, target, generation in wanted.values():
-            try:
-                if known and item.state == "ready":
-                    await self._targets.remove(item.number)
-                await self._make_target(item, target, generation, actual.get(item.number))
-                if item.state == "wanted" or item.generation != generation:
-                    made.append((item, generation))
-            except Unreachable as error:
-                log.info("target of attachment %s waits: %s", item.id, error)
-                settled = False
-            except StratocacheError as error:
-                log.error("target of attachment %s: %s", item.id, error)
-                settled = False
-                if item.state == "wanted":
-                    failed.append((item, error))
-        if ended or made or failed:
-            await trio.to_thread.run_sync(self._record_attachments, ended, made, failed)
+                    _note(outcomes, item, error)
+            elif item.number in wishes.missing:
+                _note_missing(outcomes, item, wishes.missing[item.number])
+            elif item.number not in wishes.targets and (
+                item.state == "ready" if known else item.number in there
+            ):
+                settled &= await self._remove_target(item.number) is None
+        settled &= await self._make_all(
+            wishes.targets.values(), there, outcomes, known=known, undisturbed=undisturbed
+        )
+        if outcomes:
+            await trio.to_thread.run_sync(outcomes.record, self._db)
+        for item in outcomes.ended:
+            self._secrets.forget(item.id)
         return settled
 
-    async def _make_target(
-        self, item: Attachment, target: Target, generation: int, actual: ActualTarget | None
-    ) -> None:
-        if actual is not None and item.generation == generation and actual.matches(target):
-            return
-        if actual is not None and item.generation != generation:
-            # it may match, and yet have the old file, or the old size of it
-            await self._targets.remove(item.number)
-        await self._targets.create(target)
+    async def _make_all(
+        self,
+        wishes: Iterable[_Wanted],
+        actual: dict[int, ActualTarget],
+        outcomes: Outcomes,
+        *,
+        known: bool,
+        undisturbed: bool,
+    ) -> bool:
+        """Make targets agree, all at once: the daemon makes together those that come together."""
+        settled = True
 
-    async def _remove_target(self, number: int) -> bool:
+        async def make(wanted: _Wanted) -> None:
+            nonlocal settled
+            found = actual.get(wanted.item.number)
+            settled &= await self._make(
+                wanted, found, outcomes, known=known, undisturbed=undisturbed
+            )
+
+        async with trio.open_nursery() as nursery:
+            for wanted in wishes:
+                nursery.start_soon(make, wanted)
+        return settled
+
+    async def _make(
+        self,
+        wanted: _Wanted,
+        found: ActualTarget | None,
+        outcomes: Outcomes,
+        *,
+        known: bool,
+        undisturbed: bool,
+    ) -> bool:
+        """Make one target agree, after those that were to go; return False to try it again."""
+        item, generation = wanted.item, wanted.generation
+        try:
+            if item.generation != generation or wanted.new_secret or known:
+                # it may match, and yet have the old file, the old size of it, or another secret
+                if found is not None or (known and item.state == "ready"):
+                    await self._targets.remove(item.number)
+                await self._targets.create(wanted.target)
+            elif found is None or not found.matches(wanted.target):
+                await self._targets.create(wanted.target)
+                if item.state == "ready" and (found is not None or undisturbed):
+                    difference = "its target was missing"
+                    if found is not None:
+                        difference = f"its target was not right: {found.difference(wanted.target)}"
+                    log.error("attachment %s: %s", item.id, difference)
+                    outcomes.repaired.append((item, difference))
+        except Unreachable as error:
+            log.info("target of attachment %s waits: %s", item.id, error)
+            return False
+        except StratocacheError as error:
+            log.error("target of attachment %s: %s", item.id, error)
+            if item.state == "wanted":
+                outcomes.failed.append((item, error))
+            else:
+                _note(outcomes, item, error)
+            return False
+        if item.state == "wanted" or item.generation != generation or item.problem is not None:
+            outcomes.made.append((item, generation))
+        return True
+
+    async def _cut(self, item: Attachment) -> StratocacheError | None:
+        """End an attachment: None when neither its target nor any session is left."""
+        error = await self._remove_target(item.number)
+        if error is not None or not item.fencing:
+            return error
+        try:
+            left = await self._targets.sessions(item.number)
+        except StratocacheError as refusal:
+            return refusal
+        if left:
+            names = ", ".join(session.initiator for session in left)
+            return Conflict("target-busy", f"Sessions of {names} are left.")
+        return None
+
+    async def _remove_target(self, number: int) -> StratocacheError | None:
         try:
             await self._targets.remove(number)
         except StratocacheError as error:
             log.warning("target %d stays for now: %s", number, error)
-            return False
-        return True
+            return error
+        return None
+
+    async def _report_shared(
+        self, items: list[Attachment], actual: dict[int, ActualTarget]
+    ) -> None:
+        """Say once of an attachment that writes that several initiators are logged in to it."""
+        for item in items:
+            found = actual.get(item.number)
+            names = sorted(set(found.initiators)) if found else []
+            if item.access == "rw" and len(names) > 1 and item.id not in self._shared:
+                self._shared.add(item.id)
+                await trio.to_thread.run_sync(
+                    self._record, "attachment.shared", item.id,
+                    f"Several initiators write to disk {item.disk_uuid}: {', '.join(names)}; name "
+                    "the right one when attaching.",
+                )  # fmt: skip
+        self._shared &= {item.id for item in items}
+
+    def _record(self, kind: str, subject: str, message: str) -> None:
+        with self._db.transaction() as connection:
+            record_event(connection, kind, subject, message)
 
     def _all(self) -> list[Attachment]:
-        """Return every attachment; the files of secrets that belong to none go."""
+        """Return every attachment; files and operations of those that do not exist go, and disks
+        whose files are known to be missing are looked at again."""
         items = inventory.attachments(self._db)
-        self._secrets.mkdir(mode=0o700, exist_ok=True)
-        for name in set(os.listdir(self._secrets)) - {item.id for item in items}:
-            (self._secrets / name).unlink(missing_ok=True)
+        self._secrets.sweep({item.id for item in items})
+        orphans.end_orphans(self._db)
+        for row in self._db.rows("SELECT * FROM disks WHERE problem IS NOT NULL"):
+            self._presence.look(records.disk_from(row))
         return items
 
-    def _wanted_targets(self, items: list[Attachment]) -> dict[int, tuple[Attachment, Target, int]]:
-        """Return the targets that should be, by number, with the generation of what they export;
-        their secrets' files are written."""
-        wanted = {}
+    def _wishes(self, items: list[Attachment], look: bool) -> _Wishes:
+        """Return what should be; secrets' files are written. `look` at what should not change."""
+        targets, missing = {}, {}
         for item in items:
-            backing = None if item.state == "removing" else self._backing(item)
+            if item.state == "removing":
+                continue
+            disk = inventory.find_disk(self._db, item.disk_uuid or "")
+            if disk is not None and disk.state == "available" and (look or item.state == "wanted"):
+                problem = self._presence.look(disk)
+                if problem is not None:
+                    missing[item.number] = problem
+                    continue
+            backing = self._backing(item, disk)
             if backing is not None:
                 path, generation = backing
-                wanted[item.number] = (item, _target(item, path), generation)
-                _write_secret(self._secrets / item.id, item.chap_secret)
-        return wanted
+                secret, replaced = self._secrets.hand_out(item, again=look)
+                target = _target(item, path, secret)
+                targets[item.number] = _Wanted(item, target, generation, replaced)
+        return _Wishes(targets, missing)
 
-    def _backing(self, item: Attachment) -> tuple[Path, int] | None:
+    def _backing(self, item: Attachment, disk: Disk | None) -> tuple[Path, int] | None:
         """Return the file that an attachment exports and its generation, None while there is none."""
         if item.image_id is not None:
             return self._configuration.blocks / "images" / item.image_id, 0
-        disk = inventory.find_disk(self._db, item.disk_uuid or "")
         assert disk is not None  # the attachment's row refers to it
         if disk.form == "overlay":
             return self._configuration.blocks / "disks" / disk.uuid, disk.generation
@@ -178,36 +314,21 @@ class TargetReconciliation:
             return self._disks.data_path(disk.uuid), disk.generation
         return None
 
-    def _record_attachments(
-        self,
-        ended: list[Attachment],
-        made: list[tuple[Attachment, int]],
-        failed: list[tuple[Attachment, StratocacheError]],
-    ) -> None:
-        for item in ended:
-            (self._secrets / item.id).unlink(missing_ok=True)
-        with self._db.transaction() as connection:
-            for item in ended:
-                connection.execute("DELETE FROM attachments WHERE id = ?", (item.id,))
-                fail(connection, "attach", item.id, Cancelled("detached", "It was detached."))
-                finish(connection, "detach", item.id, {})
-            for item, generation in made:
-                connection.execute(
-                    "UPDATE attachments SET generation = ?, "
-                    "state = CASE state WHEN 'wanted' THEN 'ready' ELSE state END WHERE id = ?",
-                    (generation, item.id),
-                )
-                finish(connection, "attach", item.id, {"attachment": item.id})
-            for item, error in failed:
-                fail(connection, "attach", item.id, error)
-                launch = self._db.row("SELECT 1 FROM launches WHERE instance = ?", item.instance)
-                if launch is not None:
-                    undo_launch(connection, self._db, item.instance, error)
-                else:
-                    intents.remove_attachment(connection, item)
+
+def _note(outcomes: Outcomes, item: Attachment, error: StratocacheError) -> None:
+    """Keep why an attachment is not what it should be, once."""
+    if item.problem != error.message:
+        outcomes.stuck.append((item, error.message))
 
 
-def _target(item: Attachment, backing: Path) -> Target:
+def _note_missing(outcomes: Outcomes, item: Attachment, problem: str) -> None:
+    if item.state == "wanted":
+        outcomes.failed.append((item, Conflict("disk-missing", problem)))
+    elif item.problem != problem:
+        outcomes.stuck.append((item, problem))
+
+
+def _target(item: Attachment, backing: Path, secret: str) -> Target:
     return Target(
         number=item.number,
         iqn=iqn_of(item.id),
@@ -215,19 +336,8 @@ def _target(item: Attachment, backing: Path) -> Target:
         read_only=item.access == "ro",
         serial=serial_of(item.disk_uuid or item.image_id or ""),
         chap_username=item.chap_username,
-        chap_secret=item.chap_secret,
+        chap_secret=secret,
         initiator=item.initiator,
         # a hole in an overlay's file would not be zeros, and FUSE makes none
         thin_provisioned=backing.name == RAW_DATA,
     )
-
-
-def _write_secret(path: Path, secret: str) -> None:
-    """Write a CHAP secret where QEMU may read it by name, so that no command line shows it."""
-    if path.exists():
-        return
-    partial = path.with_name(f".{path.name}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)
-    partial.rename(path)

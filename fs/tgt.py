@@ -15,30 +15,46 @@ What tgtd does and does not, as measured:
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError
+from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError, Unreachable
 from stratocache.fs.target import LUN, ActualTarget, Session, Target
 from stratocache.fs.tgt_protocol import (
+    NO_LUN,
     Management,
     Mode,
     Operation,
     Refused,
+    Request,
     parse_sessions,
     parse_targets,
 )
 
 _ANSWER_TIMEOUT_S = 10.0
 _BUSY_TIMEOUT_S = 10.0
+_STUCK_TIMEOUT_S = 1.0
 _BUSY_FIRST_DELAY_S = 0.002
 _BUSY_DELAY_MAX_S = 0.1
 
 _DISCOVERY_USER = "discovery"
 _UNFIT = re.compile(r"[\x00-\x1f\x7f,]")
+
+
+@dataclass(eq=False)
+class _Order:
+    """A target that is to be made, and what came of it."""
+
+    target: Target
+    begun: bool = False
+    """Whether there is something of it, complete or not."""
+    exists: bool = False
+    """Whether nothing was done, as a target of its number was there."""
+    error: StratocacheError | None = None
 
 
 class Tgt:
@@ -55,7 +71,11 @@ class Tgt:
         self._answer_timeout_s = answer_timeout_s
         self._busy_timeout_s = busy_timeout_s
         self._changing = trio.Lock()
+        self._orders: list[_Order] = []
+        """Those that wait for the lock; who gets it makes all of them."""
         self._control = control
+        self._stuck: set[int] = set()
+        """Targets that a removal has waited for in vain; the next ones do not hold others up."""
         self._discovery_closed: object = None
         """The incarnation whose discovery is known to be refused."""
 
@@ -89,28 +109,24 @@ class Tgt:
     async def create(self, target: Target) -> None:
         """Make a target, complete before anybody can log in; see `TargetDaemon.create`."""
         _check(target)
+        order = _Order(target)
+        self._orders.append(order)
         async with self._changing:
-            if self.incarnation() != self._discovery_closed:
-                await self._close_discovery()
-            try:
-                await self._new_target(target)
-            except Refused as refusal:
-                if refusal.error != "TARGET_EXIST":
-                    raise
+            if order in self._orders:
+                orders, self._orders = self._orders, []
+                await trio.to_thread.run_sync(self._make_all, orders)
+            if order.exists:
                 found = (await self.list()).get(target.number)
                 if found is not None and found.matches(target):
                     return
                 await self._remove(target.number)
-                await self._new_target(target)
-            try:
-                await self._complete(target)
-                if self.incarnation() != self._discovery_closed:
-                    await self._close_discovery()  # started anew meanwhile
-            except BaseException:
-                with trio.move_on_after(self._answer_timeout_s, shield=True):
-                    with suppress(StratocacheError):
-                        await self._remove(target.number)
-                raise
+                await trio.to_thread.run_sync(self._make_all, [order])
+            if order.error is not None:
+                if order.begun:
+                    with trio.move_on_after(self._answer_timeout_s, shield=True):
+                        with suppress(StratocacheError):
+                            await self._remove(target.number)
+                raise order.error
 
     async def remove(self, number: int) -> None:
         """Remove a target and its account; see `TargetDaemon.remove`."""
@@ -119,62 +135,99 @@ class Tgt:
 
     # -- steps
 
-    async def _close_discovery(self) -> None:
+    def _make_all(self, orders: Sequence[_Order]) -> None:
+        """Make targets, step by step, each step for all: in one thread, for a change of threads
+        costs more than a target."""
+        for order in orders:
+            order.exists = order.begun = False
+            order.error = None
+        try:
+            if self.incarnation() != self._discovery_closed:
+                self._close_discovery()
+            begun = self._begin(orders)
+            self._complete(begun)
+            if self.incarnation() != self._discovery_closed:
+                self._close_discovery()  # started anew meanwhile
+        except StratocacheError as error:
+            for order in orders:
+                order.error = order.error or error
+
+    def _close_discovery(self) -> None:
         incarnation = self.incarnation()
-        account = f"user={_DISCOVERY_USER},password={secrets.token_hex(16)}"
-        await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account, accept="USER_EXIST")
         user = f"user={_DISCOVERY_USER}"
-        await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, accept="USER_EXIST")
+        account = f"{user},password={secrets.token_hex(16)}"
+        for operation, parameters in ((Operation.NEW, account), (Operation.BIND, user)):
+            self._tgtd.ask(Request(Mode.ACCOUNT, operation, parameters, accept="USER_EXIST"))
         self._discovery_closed = incarnation
 
-    async def _new_target(self, target: Target) -> None:
-        await self._tgtd.request(
-            Mode.TARGET, Operation.NEW, f"targetname={target.iqn}", number=target.number
-        )
+    def _begin(self, orders: Sequence[_Order]) -> Sequence[_Order]:
+        """Make targets that have nothing yet; return those that were not there."""
+        begun = []
+        for order, answer in self._ask_of_all(
+            orders, Mode.TARGET, Operation.NEW, lambda target: f"targetname={target.iqn}"
+        ):
+            if isinstance(answer, Refused) and answer.error == "TARGET_EXIST":
+                order.exists = True
+            elif isinstance(answer, StratocacheError):
+                order.error = answer
+            else:
+                order.begun = True
+                begun.append(order)
+        return begun
 
-    async def _complete(self, target: Target) -> None:
-        user = f"user={target.chap_username}"
-        account = f"{user},password={target.chap_secret}"
-        try:
-            await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account)
-        except Refused as refusal:
-            if refusal.error != "USER_EXIST":
-                raise
-            # left behind by a crash, perhaps with another secret
-            await self._tgtd.request(Mode.ACCOUNT, Operation.DELETE, user)
-            await self._tgtd.request(Mode.ACCOUNT, Operation.NEW, account)
-        await self._tgtd.request(Mode.ACCOUNT, Operation.BIND, user, number=target.number)
-        await self._tgtd.request(
-            Mode.LOGICAL_UNIT, Operation.NEW, f"path={target.backing},bstype=rdwr",
-            number=target.number, lun=LUN,
-        )  # fmt: skip
-        await self._tgtd.request(
-            Mode.LOGICAL_UNIT, Operation.UPDATE,
-            "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
-            f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
-            f"readonly={int(target.read_only)},thin_provisioning={int(target.thin_provisioned)},",
-            number=target.number, lun=LUN,
-        )  # fmt: skip
-        await self._tgtd.request(
-            Mode.TARGET, Operation.BIND, _acl_entry(target.initiator or "ALL"),
-            number=target.number,
-        )  # fmt: skip
+    def _complete(self, orders: Sequence[_Order]) -> None:
+        for order, answer in self._ask_of_all(orders, Mode.ACCOUNT, Operation.NEW, _account):
+            if isinstance(answer, Refused) and answer.error == "USER_EXIST":
+                # left behind by a crash, perhaps with another secret
+                target = order.target
+                self._tgtd.ask(Request(Mode.ACCOUNT, Operation.DELETE, _user(target)))
+                self._tgtd.ask(Request(Mode.ACCOUNT, Operation.NEW, _account(target)))
+            elif isinstance(answer, StratocacheError):
+                order.error = answer
+        for mode, operation, parameters in (
+            (Mode.ACCOUNT, Operation.BIND, _user),
+            (Mode.LOGICAL_UNIT, Operation.NEW, _store),
+            (Mode.LOGICAL_UNIT, Operation.UPDATE, _unit_parameters),
+            (Mode.TARGET, Operation.BIND, lambda target: _acl_entry(target.initiator or "ALL")),
+        ):
+            going = [order for order in orders if order.error is None]
+            for order, answer in self._ask_of_all(going, mode, operation, parameters):
+                if isinstance(answer, StratocacheError):
+                    order.error = answer
+
+    def _ask_of_all(
+        self,
+        orders: Sequence[_Order],
+        mode: Mode,
+        operation: Operation,
+        parameters: Callable[[Target], str],
+    ) -> Iterator[tuple[_Order, str | Refused | Unreachable]]:
+        lun = LUN if mode is Mode.LOGICAL_UNIT else NO_LUN
+        requests = [
+            Request(mode, operation, parameters(order.target), order.target.number, lun=lun)
+            for order in orders
+        ]
+        return zip(orders, self._tgtd.ask_all(requests), strict=True)
 
     async def _remove(self, number: int) -> None:
         found = (await self.list()).get(number)
         if found is None:
+            self._stuck.discard(number)
             return
+        timeout_s = _STUCK_TIMEOUT_S if number in self._stuck else self._busy_timeout_s
         for name in found.acl:
             await self._tgtd.request(Mode.TARGET, Operation.UNBIND, _acl_entry(name), number=number)
-        with trio.move_on_after(self._busy_timeout_s):
+        with trio.move_on_after(timeout_s):
             await self._log_out(number)
             # only now: without an account, whoever the access list names gets in unasked
             for user in found.accounts:
                 await self._tgtd.request(Mode.ACCOUNT, Operation.DELETE, f"user={user}")
             for delay_s in _delays():
                 if await self._delete(number):
+                    self._stuck.discard(number)
                     return
                 await trio.sleep(delay_s)
+        self._stuck.add(number)
         raise Conflict(
             "target-busy",
             f"Target {found.iqn} still has commands in flight after {self._busy_timeout_s:g} s; "
@@ -212,6 +265,26 @@ def _delays() -> Iterator[float]:
     while True:
         yield delay_s
         delay_s = min(2 * delay_s, _BUSY_DELAY_MAX_S)
+
+
+def _user(target: Target) -> str:
+    return f"user={target.chap_username}"
+
+
+def _account(target: Target) -> str:
+    return f"{_user(target)},password={target.chap_secret}"
+
+
+def _store(target: Target) -> str:
+    return f"path={target.backing},bstype=rdwr"
+
+
+def _unit_parameters(target: Target) -> str:
+    return (
+        "targetOps vendor_id=STRATO,product_id=STRATOCACHE,product_rev=1,"
+        f"scsi_sn={target.serial},scsi_id={target.serial},removable=0,"
+        f"readonly={int(target.read_only)},thin_provisioning={int(target.thin_provisioned)},"
+    )
 
 
 def _acl_entry(name: str) -> str:

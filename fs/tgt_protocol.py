@@ -7,23 +7,30 @@ numbers: `usr/tgtadm.h` and `usr/tgtadm_error.h` of tgt, checked against the rea
 
 import enum
 import re
+import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
-from stratocache.cache.errors import Internal, Unreachable
+from stratocache.cache.errors import Internal, StratocacheError, Unreachable
 from stratocache.fs.target import LUN, ActualTarget, Session
 
 _ANSWER_BYTES_MAX = 64 * 1024**2
+_PART_BYTES = 64 * 1024
+_AT_ONCE_MAX = 16
+"""Requests that wait for tgtd; it lets twice as many connect."""
 
 # struct tgtadm_req: mode, op, lld, len, tid, sid, lun, cid, host_no, device_type, ac_dir, pack, force
 _REQUEST = struct.Struct("<II64sIiQQIIIIII")
 _RESPONSE = struct.Struct("<II")
+_TIMEVAL = struct.Struct("@ll")
 _NO_NUMBER = -1
-_NO_LUN = 2**64 - 1
+NO_LUN = 2**64 - 1
+"""For requests that are not about a logical unit."""
 
 
 class Mode(enum.IntEnum):
@@ -66,12 +73,38 @@ class Refused(Internal):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to ask of tgtd."""
+
+    mode: Mode
+    operation: Operation
+    parameters: str = ""
+    number: int = _NO_NUMBER
+    """Of the target."""
+    session: int = 0
+    connection: int = 0
+    lun: int = NO_LUN
+    accept: str = ""
+    """An error that is as good as success."""
+
+    def pack(self) -> bytes:
+        """Return the bytes that tgtd reads."""
+        payload = self.parameters.encode() + b"\0" if self.parameters else b""
+        header = _REQUEST.pack(
+            self.mode, self.operation, b"iscsi", _REQUEST.size + len(payload), self.number,
+            self.session, self.lun, self.connection, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        return header + payload
+
+
 class Management:
     """The management socket of one tgtd."""
 
     def __init__(self, control: Path, answer_timeout_s: float) -> None:
         self._control = control
-        self._answer_timeout_s = answer_timeout_s
+        seconds, fraction = divmod(answer_timeout_s, 1)
+        self._time_limit = _TIMEVAL.pack(int(seconds), int(fraction * 1_000_000))
 
     async def request(
         self,
@@ -82,44 +115,81 @@ class Management:
         number: int = _NO_NUMBER,
         session: int = 0,
         connection: int = 0,
-        lun: int = _NO_LUN,
-        accept: str = "",
     ) -> str:
-        """Ask tgtd for one thing and return its text.
+        """Do as `ask` does, in a thread that a cancellation leaves to itself."""
+        request = Request(mode, operation, parameters, number, session, connection)
+        return await trio.to_thread.run_sync(self.ask, request, abandon_on_cancel=True)
 
-        `accept` names an error that is as good as success. Raises `Refused`, and `Unreachable`
-        (`target-daemon-unreachable`) when there is no answer in time.
+    def ask(self, request: Request) -> str:
+        """Ask tgtd for one thing and return its text; blocks.
+
+        Raises `Refused`, and `Unreachable` (`target-daemon-unreachable`) without an answer in time.
         """
-        payload = parameters.encode() + b"\0" if parameters else b""
-        header = _REQUEST.pack(
-            mode, operation, b"iscsi", _REQUEST.size + len(payload), number, session, lun,
-            connection, 0, 0, 0, 0, 0,
-        )  # fmt: skip
+        (answer,) = self.ask_all([request])
+        if isinstance(answer, StratocacheError):
+            raise answer
+        return answer
+
+    def ask_all(self, requests: Sequence[Request]) -> list[str | Refused | Unreachable]:
+        """Ask tgtd for several things, in any order, and return its texts, or what `ask` raises.
+
+        All are sent before the first answer is waited for, so that both sides work at once.
+        """
+        answers: list[str | Refused | Unreachable] = []
+        for first in range(0, len(requests), _AT_ONCE_MAX):
+            answers += self._ask_some(requests[first : first + _AT_ONCE_MAX])
+        return answers
+
+    def _ask_some(self, requests: Sequence[Request]) -> list[str | Refused | Unreachable]:
+        with ExitStack() as opened:
+            sent: list[socket.socket | OSError] = []
+            for request in requests:
+                try:
+                    sent.append(self._send(request, opened))
+                except OSError as error:
+                    sent.append(error)
+            return [
+                self._answer(request, stream)
+                for request, stream in zip(requests, sent, strict=True)
+            ]
+
+    def _send(self, request: Request, opened: ExitStack) -> socket.socket:
+        stream = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        # the kernel's limits, not Python's, which would poll before each call
+        for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            stream.setsockopt(socket.SOL_SOCKET, limit, self._time_limit)
+        stream.connect(str(self._control))
+        stream.sendall(request.pack())
+        return stream
+
+    def _answer(
+        self, request: Request, stream: socket.socket | OSError
+    ) -> str | Refused | Unreachable:
         try:
-            with trio.fail_after(self._answer_timeout_s):
-                answer = await self._exchange(header + payload)
-        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
-            raise Unreachable(
+            if isinstance(stream, OSError):
+                raise stream
+            answer = _receive(stream)
+        except OSError as error:
+            return Unreachable(
                 "target-daemon-unreachable",
                 f"tgtd does not answer at {self._control} ({error or 'no answer in time'}); "
                 "it is started again by itself, try again shortly.",
-            ) from error
+            )
         status, length = _RESPONSE.unpack_from(answer)
-        if status and (status >= len(_ERRORS) or _ERRORS[status] != accept):
-            raise Refused(status, f"{operation.name} {mode.name}".lower())
+        if status and (status >= len(_ERRORS) or _ERRORS[status] != request.accept):
+            return Refused(status, f"{request.operation.name} {request.mode.name}".lower())
         return answer[_RESPONSE.size : length].decode(errors="replace").rstrip("\0")
 
-    async def _exchange(self, request: bytes) -> bytes:
-        answer = bytearray()
-        async with await trio.open_unix_socket(self._control) as stream:
-            await stream.send_all(request)
-            async for part in stream:
-                answer += part
-                if len(answer) > _ANSWER_BYTES_MAX:
-                    raise OSError("endless answer")
-        if len(answer) < _RESPONSE.size or len(answer) < _RESPONSE.unpack_from(answer)[1]:
-            raise OSError("answer cut short")
-        return bytes(answer)
+
+def _receive(stream: socket.socket) -> bytes:
+    answer = bytearray()
+    while part := stream.recv(_PART_BYTES):
+        answer += part
+        if len(answer) > _ANSWER_BYTES_MAX:
+            raise OSError("endless answer")
+    if len(answer) < _RESPONSE.size or len(answer) < _RESPONSE.unpack_from(answer)[1]:
+        raise OSError("answer cut short")
+    return bytes(answer)
 
 
 @dataclass
@@ -131,11 +201,14 @@ class _Shown:
     section: str = ""
     luns: dict[int, dict[str, str]] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
+    initiators: list[str] = field(default_factory=list)
 
     def read(self, indent: int, text: str) -> None:
         """Take one indented line."""
         if indent == 4:
             self.section = text
+        elif text.startswith("Initiator: "):
+            self.initiators.append(initiator_of(text.removeprefix("Initiator: ")))
         elif self.section.startswith("LUN") and indent == 8:
             self.luns[int(text.removeprefix("LUN: "))] = {}
         elif self.section.startswith("LUN"):
@@ -158,6 +231,7 @@ class _Shown:
             serial=lun.get("SCSI SN", "").strip(),
             accounts=tuple(self.names.get("Account information:", ())),
             acl=tuple(self.names.get("ACL information:", ())),
+            initiators=tuple(self.initiators),
         )
 
 
@@ -190,6 +264,11 @@ def parse_sessions(text: str) -> Iterator[Session]:
         yield Session(
             number=int(found["session"]),
             connection=int(found["connection"]),
-            initiator=found["initiator"].split(" alias:")[0],
+            initiator=initiator_of(found["initiator"]),
             address=found["address"],
         )
+
+
+def initiator_of(text: str) -> str:
+    """Return an initiator's name as tgtd shows it, without its alias."""
+    return text.split(" alias:")[0]

@@ -3,12 +3,17 @@
 import falcon
 
 from stratocache.api import answers, query
-from stratocache.api.models import AttachmentCreation, read_body
+from stratocache.api.models import (
+    AttachmentCreation,
+    LeaseRenewal,
+    MigrationCreation,
+    read_body,
+)
 from stratocache.api.representations import AttachmentView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
-from stratocache.fs import intents, inventory
-from stratocache.fs.records import Attachment, Caller
+from stratocache.fs import intents, inventory, leases, migrations
+from stratocache.fs.records import Attachment, Caller, Operation
 
 
 class AttachmentCollection:
@@ -41,19 +46,11 @@ class AttachmentCollection:
                 instance=wanted.instance,
                 access=wanted.access,
                 initiator=wanted.initiator,
+                lease_s=wanted.lease_s,
             ),
             wait_s,
         )
-        require_success(operation)
-        if not operation.finished:
-            answers.accept(response, operation)
-            return
-        attachment = inventory.attachment(self._service.db, operation.subject)
-        answers.show(
-            response,
-            _view(self._service, caller, attachment),
-            created_at=f"/v1/disks/{uuid}/attachments/{attachment.id}",
-        )
+        _show_made(self._service, caller, response, operation)
 
 
 class AttachmentItem:
@@ -74,15 +71,84 @@ class AttachmentItem:
     def on_delete(
         self, request: falcon.Request, response: falcon.Response, uuid: str, attachment_id: str
     ) -> None:
-        """Detach: 204, or 202 when that takes longer than `?wait=`."""
-        query.require_known(request, "wait")
+        """Detach: 204, or 202 when that takes longer than `?wait=`.
+
+        With `?force=true` an event proves that no session is left; with `?epoch=` nothing happens
+        to an attachment of another epoch.
+        """
+        query.require_known(request, "wait", "force", "epoch")
         wait_s = query.wait_seconds(request, default=60)
         caller = answers.caller(request)
         self._find(caller, uuid, attachment_id)
         operation = self._service.start(
-            intents.detach(self._service.db, caller, attachment_id), wait_s
+            intents.detach(
+                self._service.db,
+                caller,
+                attachment_id,
+                epoch=query.epoch(request),
+                force=query.choice(request, "force", "false", "true") == "true",
+            ),
+            wait_s,
         )
         answers.finish_removal(response, operation)
+
+    def on_post_migrate(
+        self, request: falcon.Request, response: falcon.Response, uuid: str, attachment_id: str
+    ) -> None:
+        """Attach the disk a second time, to who takes over: 201 or 202 as when attaching."""
+        query.require_known(request, "wait", "epoch")
+        wait_s = query.wait_seconds(request, default=60)
+        wanted = read_body(request, MigrationCreation)
+        caller = answers.caller(request)
+        self._find(caller, uuid, attachment_id)
+        operation = self._service.start(
+            migrations.migrate(
+                self._service.db,
+                caller,
+                attachment_id,
+                instance=wanted.instance,
+                initiator=wanted.initiator,
+                timeout_s=wanted.timeout_s,
+                epoch=query.epoch(request),
+            ),
+            wait_s,
+        )
+        _show_made(self._service, caller, response, operation)
+
+    def on_post_complete(
+        self, request: falcon.Request, response: falcon.Response, uuid: str, attachment_id: str
+    ) -> None:
+        """Cut the first attachment off: 200 and the one that holds the disk now, or 202."""
+        query.require_known(request, "wait", "epoch")
+        wait_s = query.wait_seconds(request, default=60)
+        caller = answers.caller(request)
+        self._find(caller, uuid, attachment_id)
+        operation = migrations.complete(
+            self._service.db, caller, attachment_id, epoch=query.epoch(request)
+        )
+        if operation is not None:
+            operation = self._service.start(operation, wait_s)
+            require_success(operation)
+            if not operation.finished:
+                answers.accept(response, operation)
+                return
+        attachment = self._find(caller, uuid, attachment_id)
+        answers.show(response, _view(self._service, caller, attachment))
+
+    def on_put_lease(
+        self, request: falcon.Request, response: falcon.Response, uuid: str, attachment_id: str
+    ) -> None:
+        """Renew the lease, or begin one; shows the attachment."""
+        query.require_known(request, "epoch")
+        wanted = read_body(request, LeaseRenewal)
+        caller = answers.caller(request)
+        self._find(caller, uuid, attachment_id)
+        attachment = leases.renew_attachment(
+            self._service.db, caller, attachment_id, lease_s=wanted.lease_s,
+            epoch=query.epoch(request),
+        )  # fmt: skip
+        self._service.wake()
+        answers.show(response, _view(self._service, caller, attachment))
 
     def _find(self, caller: Caller, uuid: str, attachment_id: str) -> Attachment:
         attachment = inventory.attachment(self._service.db, attachment_id)
@@ -93,7 +159,22 @@ class AttachmentItem:
         return attachment
 
 
+def _show_made(
+    service: Service, caller: Caller, response: falcon.Response, operation: Operation
+) -> None:
+    require_success(operation)
+    if not operation.finished:
+        answers.accept(response, operation)
+        return
+    attachment = inventory.attachment(service.db, operation.subject)
+    answers.show(
+        response,
+        _view(service, caller, attachment),
+        created_at=f"/v1/disks/{attachment.disk_uuid}/attachments/{attachment.id}",
+    )
+
+
 def _view(service: Service, caller: Caller, attachment: Attachment) -> AttachmentView:
     siblings = inventory.attachments(service.db, instance=attachment.instance)
     index = sum(sibling.number < attachment.number for sibling in siblings)
-    return AttachmentView.of(service.configuration, caller, attachment, index)
+    return AttachmentView.of(service.configuration, service.db.secrets, caller, attachment, index)

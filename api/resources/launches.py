@@ -3,11 +3,11 @@
 import falcon
 
 from stratocache.api import answers, query
-from stratocache.api.models import LaunchCreation, read_body
+from stratocache.api.models import LaunchCreation, LeaseRenewal, read_body
 from stratocache.api.representations import LaunchView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
-from stratocache.fs import intents, inventory
+from stratocache.fs import intents, inventory, leases
 from stratocache.fs.records import Caller, Launch, LaunchRequest
 
 
@@ -44,6 +44,7 @@ class LaunchCollection:
             readonly=wanted.readonly,
             initiator=wanted.initiator,
             provisional=wanted.provisional,
+            lease_s=wanted.lease_s,
         )
         operation = self._service.start(
             intents.request_launch(self._service.db, caller, launch_request), wait_s
@@ -78,16 +79,41 @@ class LaunchItem:
     def on_delete(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
         """Halt: detach everything, delete what is volatile; 204, or 202 as with disks.
 
-        With `?outcome=failed` what is volatile is kept for a while, in quarantine.
+        With `?outcome=failed` what is volatile is kept for a while, in quarantine; with `?epoch=`
+        nothing happens to an instance that has been launched anew since.
         """
-        query.require_known(request, "wait", "outcome")
+        query.require_known(request, "wait", "outcome", "epoch")
         wait_s = query.wait_seconds(request, default=60)
         failed = query.choice(request, "outcome", "done", "failed") == "failed"
         operation = self._service.start(
-            intents.halt(self._service.db, answers.caller(request), instance, failed=failed),
+            intents.halt(
+                self._service.db,
+                answers.caller(request),
+                instance,
+                failed=failed,
+                epoch=query.epoch(request),
+            ),
             wait_s,
         )
         answers.finish_removal(response, operation)
+
+
+class LaunchLease:
+    """`/v1/launches/{instance}/lease`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_put(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
+        """Renew the lease, or begin one; shows the launch."""
+        query.require_known(request, "epoch")
+        wanted = read_body(request, LeaseRenewal)
+        caller = answers.caller(request)
+        launch = leases.renew_launch(
+            self._service.db, caller, instance, lease_s=wanted.lease_s, epoch=query.epoch(request)
+        )
+        self._service.wake()
+        answers.show(response, _view(self._service, caller, launch))
 
 
 def _visible(service: Service, caller: Caller, launch: Launch) -> bool:
@@ -98,4 +124,4 @@ def _visible(service: Service, caller: Caller, launch: Launch) -> bool:
 
 def _view(service: Service, caller: Caller, launch: Launch) -> LaunchView:
     held = inventory.attachments(service.db, instance=launch.instance)
-    return LaunchView.of(service.configuration, caller, launch, held)
+    return LaunchView.of(service.configuration, service.db.secrets, caller, launch, held)

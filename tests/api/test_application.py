@@ -1,6 +1,7 @@
 """The HTTP API's contract: statuses, bodies, errors, paging, entity tags."""
 
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -24,6 +25,7 @@ from stratocache.api.application import create_app
 from stratocache.cache.configuration import Configuration, IscsiSettings
 from stratocache.fs import intents, inventory
 from stratocache.fs.records import Caller
+from stratocache.fs.supervisor_status import State, SupervisorStatus, write_status
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -166,6 +168,15 @@ def test_readiness_with_every_part_there(api: Api, configuration: Configuration)
         finally:
             subprocess.run(["umount", str(configuration.blocks)], check=True)
         assert list(readiness.faults(there, api.db)) == ["mount"]
+
+
+def test_frozen_supervisor_is_not_ready(api: Api, configuration: Configuration) -> None:
+    """/readyz says what the supervisor says when it has given blockd up."""
+    status = SupervisorStatus("1", os.getpid(), State.FROZEN, "Guests wait; upgrade.", {}, None)
+    write_status(configuration.run_dir / "supervisor.json", status.to_json())
+
+    document = problem(api.client.simulate_get("/readyz"), 503, "not-ready", "supervisor")
+    assert "Guests wait; upgrade." in document["detail"]
 
 
 def test_bug_is_hidden_and_locked_database_is_named(api: Api, root: Requests) -> None:

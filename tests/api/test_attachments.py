@@ -80,3 +80,77 @@ def test_attachment_of_another_disk_is_unknown(api: Api, root: Requests) -> None
     wrong = f"/v1/disks/{other}/attachments/{made['id']}"
     problem(root("GET", wrong), 404, "attachment-unknown")
     problem(root("DELETE", wrong), 404, "attachment-unknown")
+
+
+def test_epoch_protects_what_is_newer(api: Api, root: Requests) -> None:
+    """`?epoch=` of another attachment than the present one is 409 and changes nothing."""
+    path = f"/v1/disks/{insert_disk(api.db)}/attachments"
+    with standing_in(api.db):
+        first = root("POST", path, {"instance": "vm-1"}).json
+        assert root("DELETE", f"{path}/{first['id']}?epoch=1&force=true").status_code == 204
+        second = root("POST", path, {"instance": "vm-1"}).json
+        address = f"{path}/{second['id']}"
+        assert (first["epoch"], second["epoch"]) == (1, 2)
+        problem(root("DELETE", f"{address}?epoch=1"), 409, "epoch-stale", "epoch")
+        problem(root("DELETE", f"{address}?epoch=x"), 400, "parameter-invalid", "epoch")
+        problem(root("DELETE", f"{address}?force=perhaps"), 400, "parameter-invalid", "force")
+        problem(root("DELETE", f"{path}/{first['id']}?epoch=2"), 404, "attachment-unknown")
+        assert root("GET", address).json == second
+        assert root("DELETE", f"{address}?epoch=2").status_code == 204
+
+
+def test_lease_is_renewed(api: Api, root: Requests, nobody: Requests) -> None:
+    """An attachment with a lease says until when; PUT moves that, within limits, for its owner."""
+    path = f"/v1/disks/{insert_disk(api.db, visibility='public')}/attachments"
+    for wrong in (9, 30 * 24 * 3600 + 1, "60"):
+        answer = root("POST", path, {"instance": "vm-1", "lease_s": wrong})
+        problem(answer, 400, "field-invalid", "lease_s")
+    with standing_in(api.db):
+        made = root("POST", path, {"instance": "vm-1", "lease_s": 10}).json
+    lease = f"{path}/{made['id']}/lease"
+    assert made["lease_s"] == 10
+    renewed = root("PUT", f"{lease}?epoch=1", {"lease_s": 3600})
+    assert renewed.status_code == 200
+    assert renewed.json["lease_s"] == 3600
+    assert renewed.json["lease_expires_at"] > made["lease_expires_at"]
+    again = root("PUT", lease, {}).json
+    assert again["lease_expires_at"] > renewed.json["lease_expires_at"]
+    problem(root("PUT", f"{lease}?epoch=7", {}), 409, "epoch-stale", "epoch")
+    problem(nobody("PUT", lease, {}), 404, "attachment-unknown")
+
+
+def test_migration_over_http(api: Api, root: Requests, nobody: Requests) -> None:
+    """POST migrate answers with a second attachment; complete ends the first, DELETE the second."""
+    path = f"/v1/disks/{insert_disk(api.db, visibility='public')}/attachments"
+    with standing_in(api.db):
+        source = root("POST", path, {"instance": "vm-1"}).json
+        begin = f"{path}/{source['id']}/migrate"
+        problem(root("POST", begin, {"instance": "b", "timeout_s": 3601}), 400, "field-invalid",
+                "timeout_s")  # fmt: skip
+        problem(nobody("POST", begin, {"instance": "b"}), 404, "attachment-unknown")
+        aborted = root("POST", begin, {"instance": "vm-2"})
+        assert aborted.status_code == 201
+        assert aborted.json["migrates"] == source["id"]
+        assert aborted.json["migration_expires_at"] is not None
+        problem(root("POST", begin, {"instance": "vm-3"}), 409, "disk-migrating")
+        assert root("DELETE", aborted.headers["location"]).status_code == 204
+
+        new = root("POST", begin, {"instance": "vm-1", "timeout_s": 60}).json
+        done = root("POST", f"{path}/{new['id']}/complete?epoch={new['epoch']}", {})
+        assert (done.status_code, done.json["migrates"], done.json["epoch"]) == (200, None, 3)
+        assert [item["id"] for item in root("GET", path).json["attachments"]] == [new["id"]]
+        assert root("POST", f"{path}/{new['id']}/complete", {}).status_code == 200
+        problem(root("POST", f"{path}/{source['id']}/complete", {}), 404, "attachment-unknown")
+
+
+def test_problems_are_shown(api: Api, root: Requests) -> None:
+    """What is wrong with a disk or keeps an attachment from ending is in their documents."""
+    uuid = insert_disk(api.db)
+    with standing_in(api.db):
+        made = root("POST", f"/v1/disks/{uuid}/attachments", {"instance": "vm-1"})
+    assert root("GET", f"/v1/disks/{uuid}").json["problems"] == []
+    api.db.connection.execute("UPDATE attachments SET problem = 'It is stuck.'")
+    api.db.connection.execute("UPDATE disks SET problem = 'It is gone.'")
+
+    assert root("GET", made.headers["location"]).json["problem"] == "It is stuck."
+    assert root("GET", f"/v1/disks/{uuid}").json["problems"] == ["It is gone.", "It is stuck."]

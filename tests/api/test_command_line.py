@@ -71,7 +71,8 @@ def test_help_lists_every_command() -> None:
     "group",
     [["image"], ["disk"], ["operation"], ["launch"], ["halt"], ["serve"], ["doctor"],
      *(["image", name] for name in ("fetch", "ls", "show", "rm", "pin", "unpin", "mount", "umount")),
-     *(["disk", name] for name in ("create", "ls", "show", "rm", "set", "attach", "detach")),
+     *(["disk", name] for name in ("create", "ls", "show", "rm", "set", "attach", "detach",
+                              "migrate", "lease")),
      *(["operation", name] for name in ("ls", "show", "cancel"))],
 )  # fmt: skip
 def test_every_command_has_help(group: list[str]) -> None:
@@ -240,6 +241,39 @@ def test_attach_and_detach_commands(run: Run) -> None:
         run("disk", "attach", uuid, "--instance", instance, "--access", "ro")
     error(run("disk", "detach", uuid), 2, "attachment-ambiguous")
     assert "from a." in run("disk", "detach", uuid, "--instance", "a").stdout
+
+
+def test_migrate_and_lease_commands(run: Run) -> None:
+    """A disk is moved, back and for good; leases are renewed; a stale epoch changes nothing."""
+    uuid = run("disk", "create", "--size", "1M").stdout.strip()
+    error(run("disk", "migrate", uuid, "--to", "vm-2"), 3, "attachment-unknown")
+    attach = ("disk", "attach", uuid, "--instance", "vm-1", "--lease", "60", "--json")
+    first = document(run(*attach))
+    assert run("disk", "migrate", uuid).exit_code == 2
+    error(run("disk", "migrate", uuid, "--complete"), 3, "migration-unknown")
+    assert (
+        document(run("disk", "migrate", uuid, "--to", "vm-2", "--json"))["migrates"] == first["id"]
+    )
+    assert "stays" in run("disk", "migrate", uuid, "--abort").stdout
+    assert run("disk", "migrate", uuid, "--to", "vm-2", "--timeout", "90").exit_code == 0
+    error(run("disk", "detach", uuid), 2, "attachment-ambiguous")
+    assert document(run("disk", "migrate", uuid, "--complete", "--json"))["instance"] == "vm-2"
+    renewed = document(run("disk", "lease", uuid, "--lease", "90", "--json"))
+    assert (renewed["instance"], renewed["lease_s"], renewed["epoch"]) == ("vm-2", 90, 3)
+    error(run("disk", "detach", uuid, "--epoch", "1"), 4, "epoch-stale")
+    assert run("disk", "detach", uuid, "--epoch", "3", "--force").exit_code == 0
+
+
+def test_lease_of_an_instance_is_renewed(api: Api, run: Run) -> None:
+    """`launch --lease` begins a lease and `lease` renews it; halt obeys an epoch."""
+    insert_image(api.db)
+    launched = document(run("launch", IMAGE_ID, "--instance", "vm1", "--lease", "60", "--json"))
+    assert launched["lease_s"] == 60
+    assert document(run("lease", "vm1", "--lease", "120", "--json"))["lease_s"] == 120
+    error(run("lease", "vm2"), 3, "instance-unknown")
+    stale = str(launched["epoch"] + 1)
+    error(run("halt", "vm1", "--epoch", stale), 4, "epoch-stale")
+    assert run("halt", "vm1", "--epoch", str(launched["epoch"])).exit_code == 0
 
 
 def test_image_commands(run: Run) -> None:

@@ -12,6 +12,7 @@ from stratocache.api.connection_details import details_of, libvirt_xml, qemu_arg
 from stratocache.cache.configuration import Configuration, IscsiSettings
 from stratocache.fs.records import Attachment, DiskUuid, ImageId
 
+SECRET = "s3cr-t_s3cr-t_16"
 DISK = "0f1e2d3c-4b5a-4697-8877-665544332211"
 ATTACHMENT = Attachment(
     number=1,
@@ -24,7 +25,7 @@ ATTACHMENT = Attachment(
     access="rw",
     initiator=None,
     chap_username="a0b1c2d3-e4f5-4607-9819-2a3b4c5d6e7f",
-    chap_secret="s3cr-t_s3cr-t_16",
+    sealed_secret="not opened here",
     state="ready",
     owner="root",
     created_at="2026-11-21T00:00:00.000000Z",
@@ -45,8 +46,8 @@ def test_iscsi_url_has_all_that_libiscsi_wants() -> None:
     """User, secret, portal, target and LUN stand where libiscsi looks for them."""
     details = details_of(CONFIGURATION, ATTACHMENT)
 
-    assert details.iscsi_url == (
-        f"iscsi://{ATTACHMENT.chap_username}%{ATTACHMENT.chap_secret}@127.0.0.1:3260/{IQN}/1"
+    assert details.iscsi_url(SECRET) == (
+        f"iscsi://{ATTACHMENT.chap_username}%{SECRET}@127.0.0.1:3260/{IQN}/1"
     )
 
 
@@ -110,8 +111,8 @@ def test_no_text_but_the_url_has_the_secret() -> None:
     """Command lines and XML refer to the secret; they do not hold it."""
     details = details_of(CONFIGURATION, ATTACHMENT)
 
-    assert ATTACHMENT.chap_secret not in libvirt_xml(details, 0)
-    assert ATTACHMENT.chap_secret not in " ".join(qemu_args(details))
+    assert ATTACHMENT.sealed_secret not in libvirt_xml(details, 0)
+    assert ATTACHMENT.sealed_secret not in " ".join(qemu_args(details))
 
 
 @pytest.mark.parametrize("attachment", [ATTACHMENT, READONLY])
@@ -119,7 +120,7 @@ def test_qemu_understands_the_arguments(attachment: Attachment, tmp_path: Path) 
     """A real QEMU takes the arguments and gets as far as connecting to the portal."""
     run_dir = tmp_path / "run,with,commas"
     (run_dir / "secrets").mkdir(parents=True)
-    (run_dir / "secrets" / attachment.id).write_text(attachment.chap_secret)
+    (run_dir / "secrets" / attachment.id).write_text(SECRET)
     configuration = Configuration(run_dir=run_dir, iscsi=IscsiSettings(port=1))
     arguments = qemu_args(details_of(configuration, attachment))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from stratocache import __version__
 from stratocache.api.command_line import command_line
 from stratocache.api.doctor import (
     Finding,
@@ -18,9 +19,11 @@ from stratocache.api.doctor import (
     kernel_finding,
     lio_finding,
 )
-from stratocache.api.server import listen
 from stratocache.cache.configuration import Configuration, IscsiSettings, SpaceSettings
+from stratocache.fs.listener import listen
 from stratocache.fs.pool import Pool
+from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.supervisor_status import State, SupervisorStatus, read_status, write_status
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_every_finding_that_is_not_ok_says_how_to_mend(configuration: Configurat
 
     assert [item.name for item in findings] == [
         "user", "fuse", "kernel", "tgtd", "qemu-img", "signatures", "state directory",
-        "run directory", "reflink", "space", "clock", "group", "portal",
+        "run directory", "reflink", "space", "clock", "group", "portal", "daemon",
     ]  # fmt: skip
     for item in findings:
         assert item.detail
@@ -199,3 +202,34 @@ def test_command_exits_1_only_on_failures(configuration: Configuration, port: in
         mended = runner.invoke(command_line, [*flags, "doctor"], env=environment)
     assert mended.exit_code == 0, mended.output
     assert mended.stdout.startswith("CHECK\tVERDICT\tFOUND\tTO MEND\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "version", "verdict", "mend"),
+    [
+        (State.READY, __version__, Verdict.OK, ""),
+        (State.READY, "0.0.9", Verdict.WARN, "stratocache upgrade"),
+        (State.FROZEN, __version__, Verdict.FAIL, "stratocache upgrade"),
+    ],
+)
+def test_running_daemon_is_judged(
+    configuration: Configuration, state: State, version: str, verdict: Verdict, mend: str
+) -> None:
+    """A daemon of another version is worth a warning; one whose guests wait for ever is a failure."""
+    assert found(configuration, "daemon").detail == "not running"
+    status = SupervisorStatus(version, os.getpid(), state, "", {}, None)
+    write_status(RunDirectory(configuration.run_dir).supervisor_status, status.to_json())
+
+    finding = found(configuration, "daemon")
+    assert finding.verdict is verdict
+    assert mend in finding.mend
+    assert version in finding.detail
+
+
+def test_status_of_a_dead_daemon_is_none(configuration: Configuration) -> None:
+    """What a killed supervisor said last, or nobody can read, counts for nothing."""
+    path = RunDirectory(configuration.run_dir).supervisor_status
+    write_status(path, SupervisorStatus("1", 2**22 + 1, State.READY, "", {}, None).to_json())
+    assert read_status(path) is None
+    path.write_text('{"version": []}')
+    assert read_status(path) is None

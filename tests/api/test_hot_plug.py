@@ -240,7 +240,8 @@ def test_handout_is_what_a_launcher_gets(api: Api, configuration: Configuration)
     initiator = "iqn.2026-11.org.example:host"
     operation = intents.attach(api.db, ROOT, uuid, instance="vm", access="ro", initiator=initiator)
     attachment = inventory.attachment(api.db, operation.subject)
-    view = AttachmentView.of(configuration, ROOT, attachment, 0).model_dump()
+    secret = api.db.secrets.open(attachment.id, attachment.sealed_secret)
+    view = AttachmentView.of(configuration, api.db.secrets, ROOT, attachment, 0).model_dump()
 
     handout = Handout.of(view)
     stranger = Handout.of({**view, "chap": None})
@@ -255,7 +256,7 @@ def test_handout_is_what_a_launcher_gets(api: Api, configuration: Configuration)
         "driver": "virtio-blk-pci", "drive": handout.node, "serial": handout.serial,
         "werror": "stop", "rerror": "stop",
     }  # fmt: skip
-    assert handout.require_secret() == attachment.chap_secret
-    assert attachment.chap_secret not in repr(handout)
+    assert handout.require_secret() == secret
+    assert secret not in repr(handout)
     with pytest.raises(Exception, match="not shown to you"):
         stranger.require_secret()

@@ -7,8 +7,9 @@ import struct
 import pytest
 from support.api_daemon import caller_socket
 
-from stratocache.api.identity import caller_of, group_id
+from stratocache.api.identity import caller_of
 from stratocache.api.problem import HttpProblem
+from stratocache.fs.listener import group_id
 from stratocache.fs.records import Caller
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root

@@ -1,4 +1,4 @@
-"""A guest works on an overlay and a raw disk while every process of the appliance is killed.
+"""A guest works on two disks while every process of the appliance is killed, or upgraded.
 
 `make test` plays a handful of rounds; `make crash` what CRASH_ROUNDS says, 200 by default there.
 The seed is printed; give it back as CRASH_SEED to choose the same victims and moments again.
@@ -17,7 +17,7 @@ from support.kill_rounds import Assassin, pause_table
 from support.publishing import publish_image
 from support.writer import compile_writer, faults, verdicts, writer_script
 
-ROUNDS = int(os.environ.get("CRASH_ROUNDS", "7"))
+ROUNDS = int(os.environ.get("CRASH_ROUNDS", "8"))
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
 BASE_BYTES = 12 * 1024**2
 DISK_BYTES = 16 * 1024**2
@@ -33,7 +33,8 @@ pytestmark = [
 
 
 def test_killed_processes_are_a_pause(tmp_path: Path) -> None:
-    """Whoever is killed, alone or together, the guest sees no I/O error and no write is lost."""
+    """Whoever is killed, alone, together or during an upgrade, and under upgrades alone, the guest
+    sees no I/O error and no write is lost."""
     print(f"CRASH_SEED={SEED} CRASH_ROUNDS={ROUNDS}")
     published = publish_image(tmp_path / "published", BASE_BYTES)
     with Appliance(

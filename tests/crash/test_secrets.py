@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +39,30 @@ print(json.dumps(answers))
 
 
 def test_secrets_stay_where_they_belong(tmp_path: Path) -> None:
-    """No log, event, operation, process, file that others can read, or answer to another user has a
-    CHAP secret, while a guest is attached, after wrong logins and after restarts of everything."""
+    """No log, event, operation, process, file that others can read, database, or answer to another
+    user has a CHAP secret or the key to them, while a guest is attached and its disk moves, after
+    wrong logins and after restarts of everything; only its own file has a secret."""
     published = publish_image(tmp_path / "published", 4 * MIB)
     with Appliance(
         tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
         extra='log_level = "debug"',
     ) as appliance:  # fmt: skip
         launch = _launch(appliance, published.identifier)
-        attachments = launch["attachments"]
+        attachments = [*launch["attachments"], _moved(appliance, launch)]
         secrets = {item["chap"]["secret"] for item in attachments}
-        assert len(secrets) == len(attachments) == 3
+        assert len(secrets) == len(attachments) == 4
         with subprocess.Popen(
             ["qemu-system-x86_64", "-accel", "tcg", "-S", "-nodefaults", "-display", "none",
              *launch["qemu_args"]],
             stdin=subprocess.DEVNULL,
         ) as guest:  # fmt: skip
             try:
-                _wait_for_sessions(appliance, len(attachments))
+                _wait_for_sessions(appliance, len(launch["attachments"]))
                 _log_in_wrongly(attachments[0])
                 for program in ("stratocache.fs.blockd", "tgtd -f", "stratocache.api.server"):
                     for pid in appliance.pids(program):
                         os.kill(pid, signal.SIGKILL)
-                _wait_for_sessions(appliance, len(attachments))
+                _wait_for_sessions(appliance, len(launch["attachments"]))
                 assert guest.poll() is None
 
                 assert _processes_with(secrets) == []
@@ -77,9 +76,14 @@ def test_secrets_stay_where_they_belong(tmp_path: Path) -> None:
         assert _readable_by_others(holding) == []
         assert _readable_by_others(files)  # or nothing was compared
         expected = {appliance.run_dir / "secrets" / item["id"] for item in attachments}
-        database = {path for path in files if path.name.startswith("state.db")}
-        assert holding - database == expected
-        assert _rows_with(appliance, secrets) == []
+        assert holding == expected
+        key = appliance.state_dir / "secrets.key"
+        assert {"state.db", "state.db-wal"} <= {path.name for path in files}
+        assert [path for path in files if key.read_bytes() in path.read_bytes()] == [key]
+        assert _readable_by_others([key]) == []
+        new = attachments[-1]
+        complete = f"/v1/disks/{new['disk_uuid']}/attachments/{new['id']}/complete"
+        assert appliance.request("POST", complete, {})[0] == 200
         assert appliance.request("DELETE", f"/v1/launches/{launch['instance']}")[0] == 204
         assert not any(_has(path.read_bytes(), secrets) for path in _files(tmp_path, "secrets"))
     assert not _has(appliance.log.read_bytes(), secrets)
@@ -99,6 +103,15 @@ def _launch(appliance: Appliance, reference: str) -> Any:
     status, launch = appliance.request("POST", "/v1/launches", body)
     assert status == 201, launch
     return launch
+
+
+def _moved(appliance: Appliance, launch: dict[str, Any]) -> Any:
+    """Begin a migration of the data disk; return the second attachment."""
+    (source,) = (item for item in launch["attachments"] if item["role"] == "disk")
+    path = f"/v1/disks/{source['disk_uuid']}/attachments/{source['id']}/migrate"
+    status, new = appliance.request("POST", path, {"instance": launch["instance"]})
+    assert status == 201, new
+    return new
 
 
 def _log_in_wrongly(attachment: dict[str, Any]) -> None:
@@ -176,17 +189,3 @@ def _files(folder: Path, *below: str) -> Iterator[Path]:
 
 def _readable_by_others(paths: Iterable[Path]) -> list[Path]:
     return [path for path in paths if path.stat().st_mode & 0o044]
-
-
-def _rows_with(appliance: Appliance, secrets: Iterable[str]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return the rows with a secret in any table but the one that must have them."""
-    found = []
-    with closing(sqlite3.connect(appliance.state_dir / "state.db", timeout=30)) as database:
-        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_schema "
-                                                       "WHERE type = 'table'")]  # fmt: skip
-        assert {"events", "operations", "attachments"} <= set(tables)
-        for table in set(tables) - {"attachments"}:
-            for row in database.execute(f"SELECT * FROM {table}"):
-                if _has(repr(row).encode(), secrets):
-                    found.append((table, row))
-    return found

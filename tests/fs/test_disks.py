@@ -17,6 +17,7 @@ from support.images import store_image
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
 from stratocache.cache.errors import InvalidInput, NoSpace, NotFound, NotVerified
 from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.fs.clones import Clone
 from stratocache.fs.disks import DiskStore
 
 MIB = 1024**2
@@ -247,6 +248,29 @@ def test_reflinked_clone_shares_the_chunks_extents(
         disk.write(b"one clone's own")
     assert store.data_path(uuids[1]).read_bytes() == content.ljust(size, b"\0")
     assert reader.read_blocking(0, len(content)) == content
+
+
+@pytest.mark.root
+def test_clones_made_together_fail_singly(
+    xfs_state: Path, tmp_path: Path, import_image: Importer
+) -> None:
+    """Of clones that are made at once each is whole or absent, and those there stay as they are."""
+    reader = import_image(xfs_state, image_content(3 * CHUNK_BYTES))
+    store = DiskStore(xfs_state, tmp_path / "run")
+    there, small, *fresh = (new_uuid() for _ in range(5))
+    store.create_blank(there, 5)
+
+    wanted = [(there, 5 * MIB), *((uuid, 9 * MIB) for uuid in fresh), (small, MIB)]
+    forms, failures = store.create_clones([Clone(uuid, size, reader) for uuid, size in wanted])
+
+    assert forms == dict.fromkeys((there, *fresh), "raw")
+    assert [(uuid, type(error)) for uuid, error in failures.items()] == [(small, InvalidInput)]
+    assert store.data_path(there).read_bytes() == bytes(5)
+    for uuid in fresh:
+        data = store.data_path(uuid).read_bytes()
+        assert data == image_content(3 * CHUNK_BYTES).ljust(9 * MIB, b"\0")
+    assert store.form(small) is None
+    assert list((xfs_state / "stage").iterdir()) == []
 
 
 @pytest.mark.root

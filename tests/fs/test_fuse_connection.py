@@ -66,7 +66,7 @@ def connection(tmp_path: Path) -> Iterator[Connection]:
     configuration = Configuration(state_dir=tmp_path / "state", run_dir=directory.path)
     config_json = tmp_path / "configuration.json"
     config_json.write_text(configuration.model_dump_json())
-    mount = FuseMount(directory.blocks, directory.init_request)
+    mount = FuseMount.create(directory.blocks, directory.init_request)
     try:
         yield Connection(mount, directory, config_json)
     finally:

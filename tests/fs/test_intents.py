@@ -280,22 +280,10 @@ def test_chap_secrets_are_fresh_and_long_enough(db: Database) -> None:
     first, second = _disk(db, ALICE), _disk(db, ALICE)
     for uuid in (first, second):
         intents.attach(db, ALICE, uuid, instance="vm1")
-    secrets = [item.chap_secret for item in inventory.attachments(db, instance="vm1")]
+    secrets = [
+        db.secrets.open(item.id, item.sealed_secret)
+        for item in inventory.attachments(db, instance="vm1")
+    ]
 
     assert len(set(secrets)) == 2
     assert all(12 <= len(secret) <= 16 for secret in secrets)
-
-
-def test_waiting_ends_when_the_operation_does(db: Database) -> None:
-    """`wait_for_operation` returns when another connection ends the operation, or at its limit."""
-    operation = intents.request_fetch(db, ALICE, IMAGE)
-    assert inventory.wait_for_operation(db, operation.id, 0.01).state == "pending"
-
-    def end() -> None:
-        with db.transaction() as connection:
-            connection.execute("UPDATE operations SET state = 'done'")
-
-    thread = threading.Thread(target=end)
-    thread.start()
-    assert inventory.wait_for_operation(db, operation.id, 30).state == "done"
-    thread.join()

@@ -27,6 +27,7 @@ from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.acquisition import Acquisition
+from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database
@@ -76,7 +77,7 @@ class Host:
                 operations = Operations(
                     self.db, acquisition, nursery, lambda: self.woken.append(None)
                 )
-                operations.look()
+                await operations.look()
                 with trio.fail_after(60):
                     await script(operations)
                 nursery.cancel_scope.cancel()
@@ -85,9 +86,7 @@ class Host:
 
     async def end(self, operation: Operation) -> Operation:
         """Wait until an operation has ended."""
-        return await trio.to_thread.run_sync(
-            inventory.wait_for_operation, self.db, operation.id, 60.0
-        )
+        return await trio.to_thread.run_sync(OperationWatch(self.db).wait, operation.id, 60.0)
 
     async def sent(self, held: Fault) -> None:
         """Wait until an answer has been sent up to where it is held."""
@@ -223,7 +222,7 @@ def test_cancelled_fetch_leaves_nothing(host: Host) -> None:
     async def script(operations: Operations) -> None:
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, operation.id)
-        operations.look()
+        await operations.look()
         ended = await host.end(operation)
         assert ended.state == "cancelled"
 
@@ -248,7 +247,7 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
             await trio.lowlevel.checkpoint()
         await host.sent(held)
         intents.request_cancel(host.db, ROOT_CALLER, first.id)
-        operations.look()
+        await operations.look()
         assert (await host.end(first)).state == "cancelled"
         assert held.hold is not None
         held.hold.set()
@@ -307,6 +306,40 @@ def test_launch_records_disk_and_attachments_once(host: Host) -> None:
     items = inventory.attachments(host.db, instance="vm1")
     assert [(item.role, item.access) for item in items] == [("boot", "rw"), ("readonly", "ro")]
     assert [disk.uuid for disk in inventory.disks(host.db, ROOT_CALLER)] == [operation.id]
+
+
+def test_launches_of_a_cached_image_are_recorded_together(host: Host) -> None:
+    """Once an image is here, a look records all that want it; one that cannot be leaves nothing."""
+    host.publish()
+    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
+    names = ["vm1", "vm2", "vm3"]
+    launches = [
+        intents.request_launch(
+            host.db, ROOT_CALLER,
+            LaunchRequest(IDENTIFIER, name, size_bytes=512 if name == "vm2" else None),
+        )
+        for name in names
+    ]  # fmt: skip
+    clone = disk_intents.create_disk(host.db, ROOT_CALLER, DiskRequest(reference=IDENTIFIER))
+    absent = intents.request_launch(host.db, ROOT_CALLER, LaunchRequest("local:absent", "vm4"))
+
+    async def script(operations: Operations) -> None:
+        while inventory.launch(host.db, "vm4").state != "ending":
+            await trio.lowlevel.checkpoint()
+
+    host.run(script)
+    found = {disk.uuid for disk in inventory.disks(host.db, ROOT_CALLER)}
+    assert found == {launches[0].id, launches[2].id, clone.subject}
+    states = [inventory.launch(host.db, name).state for name in names]
+    assert states == ["preparing", "ending", "preparing"]
+    held = [len(inventory.attachments(host.db, instance=name)) for name in names]
+    assert held == [1, 0, 1]
+    codes = [
+        (inventory.operation(host.db, item.id).error or {}).get("code")
+        for item in (*launches, absent)
+    ]
+    assert codes[:3] == [None, "size-too-small", None]
+    assert codes[3] is not None
 
 
 def _ending(

@@ -3,8 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,8 @@ import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.disk_daemon import DiskDaemon, MemoryTargets
+from support.crashing import CrashingDatabase, CrashingTargets, Fuse, is_crash
+from support.disk_daemon import DiskDaemon
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
 from stratocache.cache.configuration import Configuration, SpaceSettings
@@ -24,48 +25,13 @@ from stratocache.fs.disks import DiskStore
 from stratocache.fs.operations import Operations
 from stratocache.fs.overlay import BlockSource, Overlay
 from stratocache.fs.records import Caller, Disk, DiskRequest, LaunchRequest, SaveRequest
-from stratocache.fs.state import Database, now
-from stratocache.fs.target import ActualTarget, Target
+from stratocache.fs.state import now
 
 ROOT_CALLER = Caller("root", True)
 IMAGE = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
 DISK_BYTES = 2 * CHUNK_BYTES + 4096
 
 _T = TypeVar("_T")
-
-
-class Crash(BaseException):
-    """The process dies here."""
-
-
-class Fuse:
-    """Burns down by one at each step, and kills the process when it has burnt down."""
-
-    def __init__(self) -> None:
-        self.left: int | None = None
-
-    def step(self) -> None:
-        """Take one step; raises `Crash` when it was the last."""
-        if self.left is not None:
-            if self.left <= 0:
-                raise Crash
-            self.left -= 1
-
-
-class CrashingDatabase(Database):
-    """A state database whose process may die before a transaction or right after its commit."""
-
-    def __init__(self, path: Path, fuse: Fuse) -> None:
-        super().__init__(path)
-        self.fuse = fuse
-
-    @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        """As the real one."""
-        self.fuse.step()
-        with super().transaction() as connection:
-            yield connection
-        self.fuse.step()
 
 
 class CrashingOverlay(Overlay):
@@ -146,31 +112,6 @@ def _dying(call: Callable[..., _T], fuse: Fuse) -> Callable[..., _T]:
         return result
 
     return dying
-
-
-class CrashingTargets(MemoryTargets):
-    """Targets that are made and removed by a process that may die around that."""
-
-    def __init__(self, fuse: Fuse) -> None:
-        super().__init__()
-        self.fuse = fuse
-
-    async def list(self) -> dict[int, ActualTarget]:
-        """As without deaths."""
-        self.fuse.step()
-        return await super().list()
-
-    async def create(self, target: Target) -> None:
-        """As without deaths."""
-        self.fuse.step()
-        await super().create(target)
-        self.fuse.step()
-
-    async def remove(self, number: int) -> None:
-        """As without deaths."""
-        self.fuse.step()
-        await super().remove(number)
-        self.fuse.step()
 
 
 class Crashes(RuleBasedStateMachine):
@@ -379,7 +320,7 @@ class Crashes(RuleBasedStateMachine):
         try:
             self._live()
         except BaseException as error:
-            if not _is_crash(error):
+            if not is_crash(error):
                 raise
         finally:
             self.fuse.left = None
@@ -542,12 +483,6 @@ class Crashes(RuleBasedStateMachine):
 def chosen(items: Sequence[_T], index: int) -> Sequence[_T]:
     """Return one of the items, or none when there is none."""
     return [items[index % len(items)]] if items else []
-
-
-def _is_crash(error: BaseException) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return all(_is_crash(inner) for inner in error.exceptions)
-    return isinstance(error, Crash)
 
 
 Crashes.TestCase.settings = settings(

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fuse_child import STALLED_AT, export
-from support.iscsi import Guest, Initiator
-from support.supervised import START_TIMEOUT_S, Supervised, wait_for_end
+from support.fuse_child import STALLED_AT
+from support.iscsi import Guest
+from support.service_manager import ServiceManager
+from support.supervised import START_TIMEOUT_S, Supervised, initiator, wait_for_end
 
 from stratocache.fs.run_directory import RunDirectory
 
@@ -43,16 +43,6 @@ def appliance(tmp_path: Path) -> Iterator[Supervised]:
     """A running appliance whose disk is exported."""
     with Supervised(tmp_path, export=True) as supervised:
         yield supervised
-
-
-def initiator(supervised: Supervised) -> Initiator:
-    """Return an initiator of the exported disk, once the target that follows tgtd's start is there."""
-    target = export(supervised.directory.path)
-    found = Initiator(supervised.port, target.iqn, target.chap_username, target.chap_secret)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while found.inquiry().returncode != 0:
-        assert time.monotonic() < deadline, supervised.tail()
-    return found
 
 
 @pytest.mark.slow
@@ -186,7 +176,7 @@ def test_stacked_stale_mounts_are_cleaned(tmp_path: Path) -> None:
     dead = (
         "import sys; from pathlib import Path\n"
         "from stratocache.fs.fuse_mount import FuseMount\n"
-        "mounts = [FuseMount(Path(sys.argv[1]), Path(sys.argv[2])) for _ in range(3)]"
+        "mounts = [FuseMount.create(Path(sys.argv[1]), Path(sys.argv[2])) for _ in range(3)]"
     )
     subprocess.run(
         [sys.executable, "-c", dead, str(blocks), str(tmp_path / "init")],
@@ -339,18 +329,15 @@ def _open_files(pid: int) -> set[str]:
 def test_systemd_is_told(tmp_path: Path) -> None:
     """READY=1 comes when all children are ready, STOPPING=1 at the end, and only from us."""
     supervised = Supervised(tmp_path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(10)
-        supervised.environment["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+    with ServiceManager(tmp_path / "notify") as manager:
+        supervised.environment["NOTIFY_SOCKET"] = str(manager.path)
         with supervised:
-            assert manager.recv(100) == b"READY=1"
+            manager.wait_for("READY=1")
             variables = Path(f"/proc/{supervised.child('api')}/environ").read_bytes()
             assert b"NOTIFY_SOCKET" not in variables
-            assert supervised.process is not None
-            supervised.process.send_signal(signal.SIGHUP)
             supervised.stop()
-        assert manager.recv(100) == b"STOPPING=1"
+        manager.wait_for("STOPPING=1")
+        assert manager.said[0] != "STOPPING=1"
 
 
 def test_live_bitmaps_of_another_boot_are_forgotten(tmp_path: Path) -> None:

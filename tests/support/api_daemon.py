@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from stratocache.api.application import create_app
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.fs import disk_intents, intents, inventory
+from stratocache.fs.listener import listen
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
 
@@ -152,7 +152,12 @@ _STEPS: dict[str, Callable[[Database, Operation], dict[str, Any]]] = {
         "UPDATE disks SET state = 'available', form = 'raw' WHERE uuid = :subject"
     ),
     "attach": _execute("UPDATE attachments SET state = 'ready' WHERE id = :subject"),
-    "detach": _execute("DELETE FROM attachments WHERE id = :subject"),
+    "migrate": _execute("UPDATE attachments SET state = 'ready' WHERE id = :subject"),
+    "detach": _execute(
+        "DELETE FROM attachments WHERE id = :subject",
+        "UPDATE attachments SET migrates = NULL, migration_expires_at = NULL "
+        "WHERE migrates = :subject",
+    ),
     "snapshot": _execute(
         "UPDATE snapshots SET state = 'available', form = 'file', frozen_at = created_at "
         "WHERE id = :subject"
@@ -249,16 +254,17 @@ def serving(configuration: Configuration) -> Iterator[subprocess.Popen[bytes]]:
     """Run the real API process until the end of the block."""
     path = configuration.run_dir / "configuration.json"
     path.write_text(configuration.model_dump_json())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stratocache.api.server", "--config-json", str(path)],
-        stdin=subprocess.DEVNULL,
-    )
+    reports, ready = os.pipe()
+    with listen(configuration.api_socket, "no-such-group") as listener, open(reports, "rb") as pipe:
+        descriptors = (listener.fileno(), ready)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stratocache.api.server", "--config-json", str(path),
+             "--listen-fd", str(listener.fileno()), "--ready-fd", str(ready)],
+            stdin=subprocess.DEVNULL, pass_fds=descriptors,
+        )  # fmt: skip
+        os.close(ready)
+        assert pipe.read(1) == b"R"
     try:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not listens(configuration.api_socket):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
         yield process
     finally:
         process.terminate()

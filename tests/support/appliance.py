@@ -59,6 +59,7 @@ class Appliance:
         self.configuration = root / "stratocache.toml"
         self.log = root / "serve.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
         root.mkdir(parents=True, exist_ok=True)
         self.configuration.write_text(
             f'state_dir = "{self.state_dir}"\n'
@@ -82,6 +83,7 @@ class Appliance:
             self.process = subprocess.Popen(
                 self.command("serve"), stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, **self.environment},
             )  # fmt: skip
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.ready():
@@ -114,8 +116,9 @@ class Appliance:
     def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a `stratocache` command."""
         return subprocess.run(
-            self.command(*arguments), check=False, capture_output=True, text=True, timeout=timeout_s
-        )
+            self.command(*arguments), check=False, capture_output=True, text=True,
+            timeout=timeout_s, env={**os.environ, **self.environment},
+        )  # fmt: skip
 
     def json(self, *arguments: str) -> Any:
         """Run a command with `--json`; it must succeed."""

@@ -12,10 +12,10 @@ from stratocache.cache.configuration import Configuration, SpaceSettings
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.cache.images import ImageStore
 from stratocache.fs import inventory
-from stratocache.fs.blockd import sweep
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.housekeeping import sweep
 from stratocache.fs.manifests import named_manifests
 from stratocache.fs.operations import Operations
 from stratocache.fs.overlay import Overlay
@@ -157,7 +157,7 @@ class DiskDaemon:
         await reconciler.adopt()
         while True:
             self._woken = trio.Event()
-            operations.look()
+            await operations.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()

@@ -3,15 +3,16 @@
     disk     read-write, direct I/O, kept in STATE_DIR/disk
     image    the same bytes, cannot be opened for writing
 
-Every fsync adds a byte to STATE_DIR/syncs. A read at `STALLED_AT` is never answered; each adds a
-byte to STATE_DIR/stalls. With `--export` the target `EXPORT` is kept on `disk`,
-made again on a poke.
+Every fsync adds a byte to STATE_DIR/syncs. A read at `STALLED_AT` adds a byte to
+STATE_DIR/stalls and is answered when STATE_DIR/answered is there. With `--export` the target `EXPORT`
+is kept on `disk`, made again on a poke.
 """
 
 import argparse
 import errno
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from stratocache.fs.target import Target, iqn_of, serial_of
 from stratocache.fs.tgt import Tgt
 
 DISK_BYTES = 8 * 1024**2
+_LOOK_INTERVAL_S = 0.01
 STALLED_AT = DISK_BYTES - 4096
 _INODES = {b"disk": pyfuse3.InodeT(2), b"image": pyfuse3.InodeT(3)}
 
@@ -51,6 +53,7 @@ class Files(pyfuse3.Operations):
     def __init__(self, state_dir: Path) -> None:
         super().__init__()
         self._data = os.open(state_dir / "disk", os.O_RDWR)
+        self._answered = state_dir / "answered"
         self._stalls = os.open(state_dir / "stalls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._syncs = os.open(state_dir / "syncs", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -93,7 +96,8 @@ class Files(pyfuse3.Operations):
         """Read."""
         if off == STALLED_AT:
             os.write(self._stalls, b"S")
-            await trio.sleep_forever()
+            while not self._answered.exists():  # noqa: ASYNC110 - another process makes it
+                await trio.sleep(_LOOK_INTERVAL_S)
         return os.pread(self._data, size, off)
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
@@ -134,6 +138,10 @@ async def _serve(
                 nursery.start_soon(_keep_export, target, daemon, listener)
 
 
+def prepare() -> None:
+    """Nothing more has to be imported."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until killed or unmounted."""
     parser = argparse.ArgumentParser()
@@ -143,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--export", action="store_true")
     given = parser.parse_args(arguments)
     configuration = Configuration.model_validate_json(given.config_json.read_bytes())
+    if (configuration.state_dir / "broken").exists():
+        sys.exit(3)
     trio.run(_serve, configuration, given.fuse_fd, given.ready_fd, given.export)
 
 

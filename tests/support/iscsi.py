@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -89,9 +90,18 @@ class Initiator:
 class Guest:
     """One lasting session that reads and writes what it knows, as a guest would."""
 
-    def __init__(self, initiator: Initiator) -> None:
+    def __init__(
+        self,
+        initiator: Initiator,
+        timeout_s: float = _COMMAND_TIMEOUT_S,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        self.timeout_s = timeout_s
+        options = ["-r"] if read_only else []
         self._process = subprocess.Popen(
-            ["stdbuf", "-o0", "qemu-io", "-t", "none", "--image-opts", initiator.image_options],
+            ["stdbuf", "-o0", "qemu-io", "-t", "none", *options,
+             "--image-opts", initiator.image_options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._rounds = 0
@@ -133,12 +143,17 @@ class Guest:
         assert self._process.stdout is not None
         output = b""
         while not output.endswith(b"qemu-io> "):
-            ready, _, _ = select.select([self._process.stdout], [], [], _COMMAND_TIMEOUT_S)
+            ready, _, _ = select.select([self._process.stdout], [], [], self.timeout_s)
             assert ready, f"{command!r} does not end: {output!r}"
             part = os.read(self._process.stdout.fileno(), 65536)
             assert part, f"qemu-io ended: {output!r}"
             output += part
         return output.decode()
+
+    def kill(self) -> None:
+        """End at once, without logging out."""
+        self._process.kill()
+        self._process.communicate()
 
     def close(self) -> None:
         """Log out."""
@@ -157,6 +172,63 @@ class Guest:
         if error is not None:
             self._process.kill()
         self.close()
+
+
+class BusyGuest:
+    """A guest that works in a thread of its own until the end of the block, and must see no error.
+
+    The wait of the round that was longest is in `longest_s`; `reset` begins anew.
+    """
+
+    def __init__(self, guest: Guest) -> None:
+        self.rounds = 0
+        self.longest_s = 0.0
+        self._guest = guest
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work)
+
+    def _work(self) -> None:
+        try:
+            while not self._ended.is_set():
+                waited_s = self._guest.round()
+                self.longest_s = max(self.longest_s, waited_s)  # may have been reset meanwhile
+                self.rounds += 1
+        except (AssertionError, OSError) as error:
+            self._error = error
+
+    def reset(self) -> None:
+        """Wait for two whole rounds, then forget the waits so far."""
+        self._wait_for_rounds(2)
+        self.longest_s = 0.0
+
+    def pause(self) -> float:
+        """Wait for two whole rounds more; return the longest wait since `reset`, in seconds."""
+        self._wait_for_rounds(2)
+        return self.longest_s
+
+    def ended_within(self, duration_s: float) -> bool:
+        """Let the guest work for a time; return whether it ended."""
+        self._thread.join(duration_s)
+        return not self._thread.is_alive()
+
+    def _wait_for_rounds(self, number: int) -> None:
+        wanted, deadline = self.rounds + number, time.monotonic() + self._guest.timeout_s
+        while self.rounds < wanted:
+            if self._error is not None:
+                raise self._error
+            assert time.monotonic() < deadline, "the guest does not get on"
+            time.sleep(0.001)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Rounds of SIGKILL against an appliance that a guest works on, and what the guest felt of each."""
+"""Rounds of SIGKILL and upgrades of an appliance that a guest works on, and what the guest felt."""
 
 import contextlib
 import os
@@ -19,20 +19,26 @@ from support.writer import progress, slow_operations
 
 RECOVERY_TIMEOUT_S = 60
 _TOGETHER_S = 0.002
+_UPGRADE_S = (0.0, 6.0)
 _REST_S = (0.1, 1.2)
 _AGAIN_S = (0.0, 1.5)
 _AGAIN_CHANCE = 0.2
 
-# What is killed in one round. The order of those killed together is chosen anew each time.
+# What is killed in one round, or met by an upgrade, which comes first then. The order of those killed
+# together is chosen anew each time.
 VICTIMS: tuple[tuple[str, ...], ...] = (
     ("blockd",),
     ("tgtd",),
     ("supervisor",),
+    ("upgrade",),
     ("blockd", "supervisor"),
+    ("upgrade --tgtd",),
     ("blockd", "tgtd"),
     ("api",),
     ("api", "blockd", "supervisor", "tgtd"),
     ("supervisor", "tgtd"),
+    ("blockd", "upgrade"),
+    ("supervisor", "upgrade"),
 )
 _PROGRAMS = {"blockd": "stratocache.fs.blockd", "tgtd": "tgtd -f", "api": "stratocache.api.server"}
 
@@ -74,6 +80,22 @@ class Assassin:
             self._wait_until_well(label)
 
     def _strike(self, victims: Sequence[str]) -> None:
+        upgrades = [victim for victim in victims if victim.startswith("upgrade")]
+        victims = [victim for victim in victims if victim not in upgrades]
+        if not upgrades:
+            self._kill(victims)
+            return
+        with subprocess.Popen(
+            self._appliance.command(*upgrades[0].split()),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ) as upgrade:  # fmt: skip
+            if victims:
+                time.sleep(self._chance.uniform(*_UPGRADE_S))
+                self._kill(victims)
+            output, _ = upgrade.communicate(timeout=2 * RECOVERY_TIMEOUT_S)
+        assert upgrade.returncode == 0 or victims, output
+
+    def _kill(self, victims: Sequence[str]) -> None:
         process = self._appliance.process
         assert process is not None
         order = self._chance.sample(victims, len(victims))

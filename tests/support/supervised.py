@@ -8,24 +8,31 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from stratocache.cache.configuration import Configuration
+from stratocache.fs.crew import Settings
 from stratocache.fs.run_directory import RunDirectory
-from stratocache.fs.supervisor import READY_LINE, Settings, Supervisor, run_reporting
-from support.fuse_child import DISK_BYTES
-from support.iscsi import free_port
+from stratocache.fs.supervisor import READY_LINE, Supervisor, run_reporting
+from stratocache.fs.supervisor_status import SupervisorStatus, read_status
+from stratocache.fs.upgrade import UpgradeRecord, UpgradeRequest
+from support.fuse_child import DISK_BYTES, export
+from support.iscsi import Initiator, free_port
+from support.service_manager import ServiceManager
 
 START_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 40
+UPGRADE_TIMEOUT_S = 90
 _PYTHON = sys.executable
 FUSE_CHILD = ("support.fuse_child",)
 API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
@@ -49,6 +56,7 @@ class Supervised:
         ]
         self.process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
+        self.manager: ServiceManager | None = None
         self.state_dir.mkdir()
         with (self.state_dir / "disk").open("wb") as disk:
             disk.truncate(DISK_BYTES)
@@ -68,13 +76,18 @@ class Supervised:
 
     def begin(self) -> None:
         """Start the supervisor and return at once."""
+        command = [
+            _PYTHON, "-m", "support.supervised", "--config-json", str(self.config_json),
+            *self._options,
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **self.environment}
         with self.log.open("ab") as log:
+            if self.manager is not None:
+                self.process = self.manager.start(command, environment, log)
+                return
             self.process = subprocess.Popen(
-                [_PYTHON, "-m", "support.supervised", "--config-json", str(self.config_json),
-                 *self._options],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **self.environment},
-            )  # fmt: skip
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+            )
 
     def start(self) -> None:
         """Start the supervisor and return when it says that it is ready."""
@@ -127,6 +140,33 @@ class Supervised:
             time.sleep(0.001)
         return time.monotonic() - started
 
+    def connect(self) -> socket.socket:
+        """Connect to the API, which says its process id when it answers."""
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(START_TIMEOUT_S)
+        client.connect(str(self.directory.api_socket))
+        return client
+
+    def status(self) -> SupervisorStatus | None:
+        """Return what the supervisor says about itself."""
+        return read_status(self.directory.supervisor_status)
+
+    def upgrade(self, request: UpgradeRequest | None = None) -> UpgradeRecord:
+        """Ask for an upgrade to this code, or as a request says; return what became of it."""
+        assert self.process is not None
+        request = request or upgrade_request()
+        request.write(self.directory.upgrade_request)
+        self.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + UPGRADE_TIMEOUT_S
+        while True:
+            status = self.status()
+            if status is not None and status.upgrade is not None:
+                record = status.upgrade
+                if record.id == request.id and record.finished:
+                    return record
+            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            time.sleep(0.02)
+
     def wait(self) -> int:
         """Wait for the end of the supervisor; return its status."""
         assert self.process is not None
@@ -173,6 +213,22 @@ class Supervised:
                 subprocess.run(["umount", "-f", "-l", str(self.directory.blocks)], check=True)
 
 
+def upgrade_request(*, tgtd: bool = False) -> UpgradeRequest:
+    """Return a request for the code that runs here, the tests' modules included."""
+    request = UpgradeRequest.to_this_code(tgtd=tgtd)
+    return replace(request, pythonpath=os.pathsep.join(sys.path))
+
+
+def initiator(supervised: Supervised) -> Initiator:
+    """Return an initiator of the exported disk, once the target that follows tgtd's start is there."""
+    target = export(supervised.directory.path)
+    found = Initiator(supervised.port, target.iqn, target.chap_username, target.chap_secret)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while found.inquiry().returncode != 0:
+        assert time.monotonic() < deadline, supervised.tail()
+    return found
+
+
 def _command_name(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
@@ -191,18 +247,24 @@ def wait_for_end(pid: int, timeout_s: float = START_TIMEOUT_S) -> None:
             os.close(descriptor)
 
 
-def _serve_api(config_json: Path) -> None:
-    """Be an API: listen on its socket, and have a child process, as gunicorn has."""
-    configuration = Configuration.model_validate_json(config_json.read_bytes())
-    configuration.api_socket.unlink(missing_ok=True)
+class _Answer(socketserver.BaseRequestHandler):
+    """Says which process answers."""
+
+    def handle(self) -> None:
+        self.request.sendall(f"{os.getpid()}\n".encode())
+
+
+def _serve_api(listen_fd: int, ready_fd: int) -> None:
+    """Be an API: answer on the socket, and have a child process, as gunicorn has."""
     with (
-        socketserver.UnixStreamServer(
-            str(configuration.api_socket), socketserver.BaseRequestHandler
-        ) as server,
+        socketserver.UnixStreamServer("", _Answer, bind_and_activate=False) as server,
         subprocess.Popen(["sleep", "1000"]) as worker,
     ):
+        server.socket.close()
+        server.socket = socket.socket(fileno=listen_fd)
         signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.write(ready_fd, b"R")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,12 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config-json", type=Path, required=True)
     parser.add_argument("--as-api", action="store_true")
+    parser.add_argument("--listen-fd", type=int)
+    parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--no-resend", action="store_true")
     parser.add_argument("--api", choices=("normal", "broken", "missing"), default="normal")
     given = parser.parse_args(arguments)
     if given.as_api:
-        _serve_api(given.config_json)
+        _serve_api(given.listen_fd, given.ready_fd)
         return 0
     configuration = Configuration.model_validate_json(given.config_json.read_bytes())
     apis = {"normal": API_CHILD, "broken": (_PYTHON, "-c", "exit(7)"), "missing": ("/no/program",)}

@@ -1,0 +1,151 @@
+"""What `blockd` does beside serving blocks: operations with their fetches, and the reconciler.
+
+A module of its own because its libraries take longer to import than a guest should wait for blocks.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import httpx
+import trio
+
+from stratocache.cache.catalogue import Catalogues
+from stratocache.cache.chunks import ChunkStore
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.fetch import Fetcher
+from stratocache.cache.images import ImageStore
+from stratocache.fs import inventory, transfers
+from stratocache.fs.acquisition import Acquisition
+from stratocache.fs.blocks import Blocks
+from stratocache.fs.content_import import Importer
+from stratocache.fs.disk_work import DiskWork
+from stratocache.fs.disks import DiskStore
+from stratocache.fs.import_intents import IMPORT_DISK
+from stratocache.fs.importing import Importing
+from stratocache.fs.lio import Lio
+from stratocache.fs.mount_watch import MountWatch
+from stratocache.fs.operations import Operations, Performer
+from stratocache.fs.poke import PokeListener
+from stratocache.fs.promotion import Promotion
+from stratocache.fs.reconciler import Reconciler
+from stratocache.fs.records import Caller
+from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.saving import Saving
+from stratocache.fs.snapshots import Snapshots
+from stratocache.fs.state import Database
+from stratocache.fs.target import TargetDaemon
+from stratocache.fs.tgt import Tgt
+
+log = logging.getLogger(__name__)
+
+_RETRY_INTERVAL_S = 0.5
+_IDLE_INTERVAL_S = 30.0
+_LEASE_GRACE_S = 0.01
+"""So that what is over is so at the next look."""
+_SELF = Caller("blockd", True)
+
+
+class Housekeeping:
+    """Makes real what the state says, over the stores that serve blocks."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        db: Database,
+        images: ImageStore,
+        chunks: ChunkStore,
+        disks: DiskStore,
+        blocks: Blocks,
+    ) -> None:
+        self._configuration = configuration
+        self._directory = RunDirectory(configuration.run_dir)
+        self._db = db
+        self._images = images
+        self._chunks = chunks
+        self._disks = disks
+        self.blocks = blocks
+        self._woken = trio.Event()
+
+    def _target_daemon(self) -> TargetDaemon:
+        if self._configuration.iscsi.backend == "lio":
+            return Lio(self._directory.lio_control)
+        return Tgt(self._directory.tgt_control)
+
+    def _wake(self) -> None:
+        self._woken.set()
+
+    async def keep(self, pokes: PokeListener, nursery: trio.Nursery) -> None:
+        """Work until cancelled."""
+        nursery.start_soon(self._listen, pokes)
+        timeouts = self._configuration.fetch
+        limits = httpx.Timeout(timeouts.read_timeout_s, connect=timeouts.connect_timeout_s)
+        async with httpx.AsyncClient(timeout=limits) as client:
+            await self._work(client, nursery)
+
+    async def _listen(self, pokes: PokeListener) -> None:
+        while True:
+            await pokes.wait()
+            self._wake()
+
+    async def _work(self, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
+        """Sweep once, then look at the state whenever somebody says so, and now and then."""
+        acquisition = Acquisition(
+            self._configuration,
+            self._db,
+            Catalogues(self._configuration, client),
+            Fetcher(self._configuration, self._images, self._chunks, client),
+            self._images,
+            nursery,
+        )
+        work = DiskWork()
+        reconciler = Reconciler(
+            self._configuration,
+            self._db,
+            self._images,
+            self._disks,
+            self._target_daemon(),
+            self.blocks,
+            work,
+        )
+        snapshots = Snapshots(
+            self._db, self._images, self._disks, self.blocks, work, nursery, self._wake
+        )
+        promotion = Promotion(
+            self._configuration, self._db, self._disks, self.blocks, reconciler.manifests, work,
+            reconciler.targets, reconciler.exclusive, self._wake,
+        )  # fmt: skip
+        performers: dict[str, Performer] = {
+            "hydrate": promotion,
+            IMPORT_DISK: Importing(self._db, self._disks, Importer(self._configuration, client)),
+            "save": Saving(self._db, self._images, self._disks),
+        }
+        operations = Operations(self._db, acquisition, nursery, self._wake, performers)
+        known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}
+        await sweep(partial(self._disks.sweep, known))
+        await sweep(acquisition.sweep)
+        await sweep(partial(transfers.sweep, self._configuration, self._db))
+        await reconciler.adopt()
+        mount = MountWatch(self._db, self._configuration.blocks)
+        while True:
+            self._woken = trio.Event()
+            await operations.look()
+            unsettled = await reconciler.reconcile()
+            snapshots.look()
+            await promotion.look()
+            if mount.is_due():
+                await trio.to_thread.run_sync(mount.look)
+            interval_s = _RETRY_INTERVAL_S if unsettled else _IDLE_INTERVAL_S
+            lease_s = reconciler.leases.remaining_s()
+            if lease_s is not None:
+                interval_s = min(interval_s, lease_s + _LEASE_GRACE_S)
+            with trio.move_on_after(interval_s):
+                await self._woken.wait()
+
+
+async def sweep(remove: Callable[[], object]) -> None:
+    """Remove what a crash left; where that cannot be done it costs space, and disks are served."""
+    try:
+        await trio.to_thread.run_sync(remove)
+    except OSError:
+        log.exception("what a crash left stays until the next start")

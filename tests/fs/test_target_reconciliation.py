@@ -1,0 +1,278 @@
+"""Differences between attachments and a real tgtd, made by hand: each is repaired and reported."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+from support.disk_daemon import ROOT, DiskHost
+from support.iscsi import INITIATOR, Guest, Initiator, free_port, running_tgtd
+
+from stratocache.fs import disk_intents, intents, inventory
+from stratocache.fs.records import Attachment, DiskRequest
+from stratocache.fs.target import ActualTarget, iqn_of
+from stratocache.fs.target_reconciliation import TargetReconciliation
+from stratocache.fs.tgt import Tgt
+
+pytestmark = pytest.mark.root
+
+MIB = 1024**2
+STRANGER = "iqn.2026-11.org.example:stranger"
+
+
+@dataclass
+class Site:
+    """Two attached disks on a real tgtd, of which the first is to suffer."""
+
+    host: DiskHost
+    control: Path
+    port: int
+    victim: str
+    bystander: str
+
+    def __post_init__(self) -> None:
+        self.tgt = Tgt(self.control)
+        host = self.host
+        self.reconciliation = TargetReconciliation(
+            host.configuration, host.db, host.disks(), self.tgt
+        )
+
+    @property
+    def attachment(self) -> Attachment:
+        """The attachment that suffers."""
+        return inventory.attachment(self.host.db, self.victim)
+
+    @property
+    def number(self) -> int:
+        """Its target's number."""
+        return self.attachment.number
+
+    def initiator(self, attachment_id: str, name: str = INITIATOR) -> Initiator:
+        """Return who may log in to an attachment."""
+        secret = (self.host.configuration.run_dir / "secrets" / attachment_id).read_text()
+        return Initiator(self.port, iqn_of(attachment_id), attachment_id, secret, name)
+
+    def admin(self, mode: str, operation: str, *arguments: str, number: int | None = None) -> None:
+        """Do something behind our back, as tgt's own tool."""
+        subprocess.run(
+            ["tgtadm", "--lld", "iscsi", "--mode", mode, "--op", operation,
+             "--tid", str(number or self.number), *arguments],
+            env={**os.environ, "TGT_IPC_SOCKET": str(self.control.with_suffix(""))}, check=True,
+        )  # fmt: skip
+
+    def account(self, operation: str, *arguments: str) -> None:
+        """Change tgtd's accounts, which belong to no target."""
+        subprocess.run(
+            ["tgtadm", "--lld", "iscsi", "--mode", "account", "--op", operation, *arguments],
+            env={**os.environ, "TGT_IPC_SOCKET": str(self.control.with_suffix(""))}, check=True,
+        )  # fmt: skip
+
+    def update(self, parameters: str) -> None:
+        """Change the victim's logical unit."""
+        self.admin("logicalunit", "update", "--lun", "1", "--params", parameters)
+
+    def targets(self) -> dict[int, ActualTarget]:
+        """Return what tgtd has."""
+        return trio.run(self.tgt.list)
+
+    def sessions(self) -> list[str]:
+        """Return who is logged in to the victim."""
+        found = trio.run(self.tgt.sessions, self.number)
+        return [session.initiator for session in found]
+
+    def reconcile(self) -> None:
+        """Make one pass over everything, which must settle all."""
+        assert trio.run(self.reconciliation.reconcile)
+
+    def events(self) -> list[tuple[str, str, str]]:
+        """Return what was reported."""
+        rows = self.host.db.rows("SELECT * FROM events WHERE kind LIKE '%.re%' ORDER BY number")
+        return [
+            (row["kind"], row["subject"], row["message"])
+            for row in rows
+            if not row["kind"].endswith(".requested")
+        ]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A site at rest, where every pass looks at everything."""
+    monkeypatch.setattr(
+        "stratocache.fs.target_reconciliation._LOOK_INTERVAL_S", float("-inf")
+    )  # fmt: skip
+    host = DiskHost(tmp_path, tmp_path / "state")
+    ids = []
+    for _ in range(2):
+        operation = disk_intents.create_disk(host.db, ROOT, DiskRequest(size_bytes=MIB))
+        uuid = host.end(operation).subject
+        ids.append(intents.attach(host.db, ROOT, uuid, instance="vm", initiator=INITIATOR).subject)
+    port = free_port()
+    with running_tgtd(tmp_path, port) as control:
+        made = Site(host, control, port, *ids)
+        made.reconcile()
+        yield made
+    host.close()
+
+
+def _delete(site: Site) -> None:
+    site.admin("target", "delete", "--force")
+
+
+def _other_file(site: Site) -> None:
+    other = site.host.configuration.state_dir / "other"
+    other.write_bytes(bytes(MIB))
+    site.admin("logicalunit", "delete", "--lun", "1")
+    site.admin("logicalunit", "new", "--lun", "1", "--backing-store", str(other))
+
+
+def _second_unit(site: Site) -> None:
+    data = site.host.disks().data_path(site.attachment.disk_uuid or "")
+    site.admin("logicalunit", "new", "--lun", "2", "--backing-store", str(data))
+
+
+def _other_account(site: Site) -> None:
+    site.account("new", "--user", "mallory", "--password", "let-me-in-now")
+    site.admin("account", "unbind", "--user", site.victim)
+    site.admin("account", "bind", "--user", "mallory")
+
+
+def _open_to_all(site: Site) -> None:
+    site.admin("target", "bind", "--initiator-address", "ALL")
+
+
+def _another_name(site: Site) -> None:
+    site.admin("target", "unbind", "--initiator-name", INITIATOR)
+    site.admin("target", "bind", "--initiator-name", STRANGER)
+
+
+DIFFERENCES: dict[str, tuple[Callable[[Site], None], str]] = {
+    "target missing": (_delete, "missing"),
+    "file": (_other_file, "file"),
+    "unit missing": (
+        lambda site: site.admin("logicalunit", "delete", "--lun", "1"), "logical units"
+    ),
+    "unit extra": (_second_unit, "logical units"),
+    "unit offline": (lambda site: site.update("online=0"), "offline"),
+    "read-only": (lambda site: site.update("readonly=1"), "write protection"),
+    "serial": (lambda site: site.update("scsi_sn=another"), "serial"),
+    "no account": (
+        lambda site: site.admin("account", "unbind", "--user", site.victim), "account"
+    ),
+    "another account": (_other_account, "account"),
+    "open to all": (_open_to_all, "access list"),
+    "open to another": (_another_name, "access list"),
+    "closed to its own": (
+        lambda site: site.admin("target", "unbind", "--initiator-name", INITIATOR), "access list"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_difference_is_repaired(site: Site, difference: str) -> None:
+    """Whatever somebody does to a target, the next look makes it right, an event says what it was,
+    its initiator gets in, and the session of another attachment notices nothing."""
+    damage, said = DIFFERENCES[difference]
+    with Guest(site.initiator(site.bystander)) as guest:
+        guest.round()
+        before = site.targets()
+        session = trio.run(site.tgt.sessions, max(before))
+        damage(site)
+        assert site.targets() != before
+
+        site.reconcile()
+
+        guest.round()
+        assert trio.run(site.tgt.sessions, max(before)) == session
+        assert site.targets() == before
+    assert site.initiator(site.victim).io("write -P 7 0 4k", "read -P 7 0 4k").returncode == 0
+    ((kind, subject, message),) = site.events()
+    assert (kind, subject) == ("attachment.repaired", site.victim)
+    assert said in message
+    site.reconcile()
+    assert len(site.events()) == 1
+
+
+def test_target_of_no_attachment_goes_with_its_sessions(site: Site) -> None:
+    """A target whose attachment's row is gone, as of one that was fenced, is removed while an
+    initiator uses it, which finds no way back; others notice nothing."""
+    uuid = site.attachment.disk_uuid
+    number = site.number
+    cut = Guest(site.initiator(site.victim))
+    try:
+        cut.round()
+        with Guest(site.initiator(site.bystander)) as guest:
+            site.host.db.connection.execute("DELETE FROM attachments WHERE id = ?", (site.victim,))
+            site.reconcile()
+            guest.round()
+        assert number not in site.targets()
+        assert trio.run(site.tgt.sessions, number) == ()
+    finally:
+        cut.kill()
+    ((kind, subject, _),) = site.events()
+    assert (kind, subject) == ("target.removed", iqn_of(site.victim))
+    intents.attach(site.host.db, ROOT, uuid or "", instance="vm2")
+    site.reconcile()
+    assert len(site.targets()) == 2
+
+
+def test_session_of_a_stranger_is_closed(site: Site) -> None:
+    """An initiator that got in while the list was open is thrown out when it is right again."""
+    _open_to_all(site)
+    stranger = Guest(site.initiator(site.victim, STRANGER))
+    try:
+        stranger.round()
+        site.admin("target", "unbind", "--initiator-address", "ALL")
+        assert site.sessions() == [STRANGER]
+        site.reconcile()
+        assert site.sessions() == []
+    finally:
+        stranger.kill()
+    ((kind, _, message),) = site.events()
+    assert kind == "attachment.repaired"
+    assert "session of another initiator" in message
+
+
+def test_binding_follows_its_row(site: Site) -> None:
+    """When the initiator of an attachment is another, the old one is out and the new one is in."""
+    site.host.db.connection.execute(
+        "UPDATE attachments SET initiator = ? WHERE id = ?", (STRANGER, site.victim)
+    )
+    site.reconcile()
+    assert site.initiator(site.victim).inquiry().returncode != 0
+    assert site.initiator(site.victim, STRANGER).inquiry().returncode == 0
+
+
+def test_two_writers_of_one_target_are_reported(site: Site) -> None:
+    """Two initiators that share the secret of an attachment without a name are named once."""
+    site.host.db.connection.execute(
+        "UPDATE attachments SET initiator = NULL WHERE id = ?", (site.victim,)
+    )
+    site.reconcile()
+    with Guest(site.initiator(site.victim)), Guest(site.initiator(site.victim, STRANGER)):
+        site.reconcile()
+        site.reconcile()
+    rows = site.host.db.rows("SELECT * FROM events WHERE kind = 'attachment.shared'")
+    assert [row["subject"] for row in rows] == [site.victim]
+    assert INITIATOR in rows[0]["message"]
+    assert STRANGER in rows[0]["message"]
+
+
+def test_forced_detach_closes_its_sessions_only(site: Site) -> None:
+    """A forced detach ends the session of a working guest; only then is it done, and another
+    attachment's guest works on."""
+    cut = Guest(site.initiator(site.victim))
+    try:
+        cut.round()
+        with Guest(site.initiator(site.bystander)) as guest:
+            operation = intents.detach(site.host.db, ROOT, site.victim, force=True)
+            number = site.number
+            site.reconcile()
+            guest.round()
+        assert trio.run(site.tgt.sessions, number) == ()
+        assert list(site.targets()) == [inventory.attachment(site.host.db, site.bystander).number]
+        assert inventory.operation(site.host.db, operation.id).state == "done"
+    finally:
+        cut.kill()
