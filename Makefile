@@ -54,7 +54,7 @@ crash: test-tools ## run the crash tests with every case; takes hours (root)
 		CRASH_CUTS=$${CRASH_CUTS:-200} ATTACH_RACES=$${ATTACH_RACES:-1000} LAZY_KILLS=$${LAZY_KILLS:-100} \
 		ATTACHMENT_HISTORIES=$${ATTACHMENT_HISTORIES:-2000} TGT_HISTORIES=$${TGT_HISTORIES:-50} \
 		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py -s \
-		-o faulthandler_timeout=0 $(ARGS)
+		-o python_files="test_*.py physical_host.py" -o faulthandler_timeout=0 $(ARGS)
 
 serve: venv ## run the appliance here, with its state in build/serve (root)
 	@mkdir -p build/serve/state build/serve/run

@@ -20,6 +20,12 @@ from stratocache.api.cache_commands import promise_line
 from stratocache.api.check_commands import check
 from stratocache.api.content_commands import download, import_options, upload
 from stratocache.api.hot_plug import machine_options, place_of
+from stratocache.api.open_iscsi_commands import (
+    attach_here,
+    log_out_here,
+    open_iscsi_option,
+    refuse_both,
+)
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.sizes import format_size
 from stratocache.api.snapshot_commands import (
@@ -147,6 +153,7 @@ def change(session: Session, /, uuid: str, **wanted: str | None) -> None:
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
 @lease_option
 @machine_options
+@open_iscsi_option
 @click.option(
     "--bus", type=click.Choice(["virtio", "scsi", "ide"]),
     help="With --qmp or --domain: what the guest sees [default: virtio].",
@@ -162,15 +169,21 @@ def attach(
     libvirt: str | None,
     timeout_s: int | None,
     bus: "Bus | None",
+    open_iscsi: bool,
     **wanted: Any,
 ) -> None:
     """Export a disk over iSCSI to an instance and write how to reach it.
 
     With --qmp or --domain the disk appears in that running machine, and what its guest calls it is
-    written; when that fails, the disk is not attached either.
+    written; with --open-iscsi this host logs in, and its device is written. When that fails, the
+    disk is not attached either.
     """
     body = {name: value for name, value in wanted.items() if value is not None}
     place = place_of(qmp, domain, libvirt, timeout_s, bus)
+    if open_iscsi:
+        refuse_both(place)
+        attach_here(session, _path(uuid), body, lambda body: _export(session, uuid, body))
+        return
     if place is not None:
         hot_plug.attach(session, uuid, place, lambda: _export(session, uuid, body))
         return
@@ -191,6 +204,7 @@ def _export(session: Session, uuid: str, body: "Document") -> "Document":
 @click.option("--force", is_flag=True, help="Cut it off, proven: nobody can use it after that.")
 @epoch_option
 @machine_options
+@open_iscsi_option
 @json_option
 @click.pass_obj
 def detach(
@@ -203,13 +217,20 @@ def detach(
     domain: str | None,
     libvirt: str | None,
     timeout_s: int | None,
+    open_iscsi: bool,
 ) -> None:
     """End the export of a disk to an instance; who is logged in is logged out.
 
     With --qmp or --domain the disk is unplugged from that running machine first; when its guest
-    does not let it go, it stays attached. A machine that has ended is fine.
+    does not let it go, it stays attached. A machine that has ended is fine. With --open-iscsi this
+    host logs out first, unless it uses the device.
     """
     place = place_of(qmp, domain, libvirt, timeout_s)
+    if open_iscsi:
+        refuse_both(place)
+        if not log_out_here(session, _path(uuid), instance, epoch):
+            session.show({"detached": uuid}, f"Disk {uuid} is not attached.")
+            return
     attachment = find_attachment(session, uuid, instance)
     require_epoch(attachment, epoch)
     shown = {"detached": uuid, "instance": attachment["instance"]}

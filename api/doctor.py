@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,7 +21,7 @@ from stratocache import __version__
 from stratocache.api.sizes import format_size
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import StratocacheError
-from stratocache.fs import reflink
+from stratocache.fs import lio_switch, reflink
 from stratocache.fs.listener import group_id
 from stratocache.fs.pool import Pool
 from stratocache.fs.run_directory import RunDirectory
@@ -116,13 +117,41 @@ def kernel_finding(name: str, release: str) -> Finding:
     return Finding(name, Verdict.FAIL, f"Linux {release}", "Use Linux 4.19 or newer.")
 
 
-def _tgtd(name: str, configuration: Configuration) -> Finding:
+def _target(name: str, configuration: Configuration) -> Finding:
+    if configuration.iscsi.backend == "lio":
+        lacking = [module for module in _LIO_MODULES if not _has_module(module)]
+        return lio_finding(name, os.uname().release, lacking)
     wanted = configuration.iscsi.tgtd
     found = _which(wanted)
     if found is None or _which("tgtadm") is None:
         missing = "tgtadm" if found else wanted
         return Finding(name, Verdict.FAIL, f"{missing} is not on PATH", "Install the package tgt.")
     return Finding(name, Verdict.OK, f"{found} {_version(found, '--version')}".strip())
+
+
+_LIO_MODULES = ("configfs", "target_core_mod", "target_core_file", "iscsi_target_mod")
+_TGT_INSTEAD = 'or set iscsi.backend = "tgt"'
+
+
+def lio_finding(name: str, release: str, missing: Sequence[str]) -> Finding:
+    """Judge a kernel by the modules of LIO that it does not have; `serve` loads those it has."""
+    if importlib.util.find_spec("rtslib_fb") is None:
+        mend = f"Install stratocache[lio] (the package rtslib-fb), {_TGT_INSTEAD}."
+        return Finding(name, Verdict.FAIL, "LIO: the library rtslib_fb is missing", mend)
+    if missing:
+        mend = f"Use a kernel with them (Debian's linux-image-amd64), {_TGT_INSTEAD}."
+        return Finding(name, Verdict.FAIL, f"LIO: no module {', '.join(missing)}", mend)
+    return Finding(name, Verdict.OK, f"LIO of Linux {release}")
+
+
+def _has_module(module: str) -> bool:
+    """Whether a module is loaded, built in, or can be loaded."""
+    folder = Path("/lib/modules", os.uname().release)
+    lists = (folder / name for name in ("modules.dep", "modules.builtin"))
+    listed = re.compile(rf"/{module.replace('_', '[-_]')}\.ko")
+    return Path("/sys/module", module).exists() or any(
+        listed.search(path.read_text()) for path in lists if path.exists()
+    )
 
 
 def _qemu_img(name: str, _configuration: Configuration) -> Finding:
@@ -304,6 +333,8 @@ def _portal(name: str, configuration: Configuration) -> Finding:
 def _portal_fault(name: str, configuration: Configuration, error: OSError) -> Finding:
     where = f"{configuration.iscsi.address}:{configuration.iscsi.port}"
     if error.errno == errno.EADDRINUSE:
+        if configuration.iscsi.backend == "lio" and any(lio_switch.groups()):
+            return Finding(name, Verdict.OK, f"{where} is served by this kernel")
         if _listens(configuration.api_socket):
             return Finding(name, Verdict.OK, f"{where} is served by the running daemon")
         return Finding(
@@ -359,7 +390,7 @@ _CHECKS: dict[str, Callable[[str, Configuration], Finding]] = {
     "user": _user,
     "fuse": _fuse,
     "kernel": _kernel,
-    "tgtd": _tgtd,
+    "tgtd": _target,
     "qemu-img": _qemu_img,
     "signatures": _signatures,
     "state directory": _state_directory,

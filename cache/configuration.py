@@ -65,12 +65,14 @@ class FetchSettings(_Table):
 
 
 class IscsiSettings(_Table):
-    """The private iSCSI target daemon."""
+    """What serves disks over iSCSI."""
 
+    backend: Literal["tgt", "lio"] = "tgt"
+    """`tgt`: a private tgtd. `lio`: the kernel's own target, one Stratocache per kernel."""
     address: str = "127.0.0.1"
     port: Port = 3260
     tgtd: str = "tgtd"
-    """Program to run, looked up on PATH."""
+    """Program to run with the back end `tgt`, looked up on PATH."""
 
 
 class ApiSettings(_Table):

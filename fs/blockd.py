@@ -89,7 +89,8 @@ class Blockd:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         init_request = self._directory.init_request.read_bytes()
-        await serve_inherited(Tree(self.blocks), fuse_fd, init_request, task_status=task_status)
+        tree = Tree(self.blocks, opened_by_kernel=self._configuration.iscsi.backend == "lio")
+        await serve_inherited(tree, fuse_fd, init_request, task_status=task_status)
         log.info("the FUSE connection has ended")
         everything.cancel()
 

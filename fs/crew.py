@@ -23,6 +23,7 @@ from stratocache.fs.processes import Child, Launch
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.standby import REPORTS_LINK, Standby, reports
 from stratocache.fs.supervisor_status import ChildStatus
+from stratocache.fs.target_process import Backend, TargetProcess
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Settings:
     address: str = "127.0.0.1"
     port: int = 3260
     tgtd: str = "tgtd"
+    backend: Backend = "tgt"
     group: str = "stratocache"
     log_dir: Path | None = None
 
@@ -57,7 +59,14 @@ class Crew:
     def __init__(self, settings: Settings, commands: Mapping[str, Sequence[str]]) -> None:
         self._settings = settings
         self._directory = RunDirectory(settings.run_dir)
-        self._portal = Portal(settings.address, settings.port)
+        lio = settings.backend == "lio"
+        self.target = TargetProcess(
+            settings.backend,
+            Portal(settings.address, settings.port),
+            settings.tgtd,
+            self._directory.lio_control if lio else self._directory.tgt_control,
+            self._directory.blocks,
+        )
         self._api_command = commands.get(
             "api", [sys.executable, "-m", "stratocache.api.server"]
         )  # fmt: skip
@@ -70,7 +79,7 @@ class Crew:
         self._standby = Standby(
             self.blockd, self.spare, commands.get("blockd", ["stratocache.fs.blockd"])
         )
-        self._holder = Holder(self.holder)
+        self._holder = Holder(self.holder, self._directory.blocks if lio else None)
         self.children = (self.holder, self.blockd, self.tgtd, self.api, self.spare)
         self._launch: dict[Child, Callable[[], None]] = {
             self.holder: self._start_holder,
@@ -92,10 +101,6 @@ class Crew:
     def ready(self) -> bool:
         """Whether everybody does what guests and clients wait for."""
         return self.blockd.ready and self.tgtd.ready and self.api.ready
-
-    def wait_for_portal(self) -> None:
-        """Wait for a predecessor's tgtd; raises as `Portal.wait_until_free`."""
-        self._portal.wait_until_free()
 
     def start_due(self) -> None:
         """Start whoever is due; one that cannot be started is tried again later."""
@@ -120,7 +125,7 @@ class Crew:
         if child in (self.blockd, self.spare):
             return self._standby.is_ready(child)
         if child is self.tgtd:
-            return _answers(self._directory.tgt_control)
+            return _answers(self.target.control)
         if child is self.api:
             return bool(reports(child))
         return True
@@ -135,6 +140,7 @@ class Crew:
         """End who asks of `blockd`, then who serves, then `blockd` itself."""
         self.api.stop(signal.SIGTERM, STOP_TIMEOUT_S)
         self.tgtd.stop(signal.SIGKILL, STOP_TIMEOUT_S)  # ignores SIGTERM with targets
+        self.target.clear()
         self.drop_spare()
         self.blockd.stop(signal.SIGTERM, STOP_TIMEOUT_S)
 
@@ -166,17 +172,11 @@ class Crew:
         return ["--config-json", config_json, "--fuse-fd", str(descriptor)], (descriptor,)
 
     def _start_tgtd(self) -> None:
-        if not self._portal.is_free():
+        if not self.target.can_listen():
             self.tgtd.due_at = time.monotonic() + _POLL_INTERVAL_S
             return
         assert self.mount is not None
-        control = self._directory.tgt_control
-        self.tgtd.start(
-            Launch(
-                [self._settings.tgtd, "-f", "--iscsi", f"portal={self._portal}"],
-                {"TGT_IPC_SOCKET": os.fspath(control.with_suffix(""))},
-            )
-        )
+        self.tgtd.start(self.target.launch())
         self._holder.hold(self.mount.descriptor, self.tgtd.pidfd)
 
     def _start_api(self) -> None:

@@ -1,12 +1,13 @@
 """The last to hold the FUSE connection: ends tgtd before the connection may end.
 
-    python -m stratocache.fs.holder FD
+    python -m stratocache.fs.holder FD [MOUNT]
 
 A dying process closes its files before its children get their signal, so a killed supervisor would
 abort the FUSE connection, if nobody else holds it, while tgtd still answers its initiators: they
 would get errors. `Holder` is the supervisor's side of a small process that holds `/dev/fuse` too and
 outlives the supervisor for a moment: when the socket between them closes, it kills tgtd by pidfd and
-only then ends. Standard library only. `SUPERVISOR.md`, "Deaths".
+only then ends. With LIO it is the kernel that answers initiators: its targets on files of MOUNT are
+suspended then. Standard library only. `SUPERVISOR.md`, "Deaths".
 """
 
 import os
@@ -15,19 +16,23 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
+from stratocache.fs import lio_switch
 from stratocache.fs.processes import Child, Launch
 
 _HOLD = b"H"
 _DESCRIPTORS_MAX = 2
 _SOCKET = "socket"
+_PROGRAM = (sys.executable, "-m", "stratocache.fs.holder")
 
 
 class Holder:
     """The supervisor's side; `child` is its process."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, suspended: Path | None = None) -> None:
         self.child = child
+        self._suspended = [] if suspended is None else [str(suspended)]
 
     def start(self) -> None:
         """Start the process, which holds nothing yet; raises `OSError`."""
@@ -35,7 +40,7 @@ class Holder:
         ours.setblocking(False)
         with ours, theirs:
             launch = Launch(
-                [sys.executable, "-m", "stratocache.fs.holder", str(theirs.fileno())],
+                [*_PROGRAM, str(theirs.fileno()), *self._suspended],
                 descriptors=(theirs.fileno(),),
                 dies_with_us=False,
             )
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str]) -> None:
             for descriptor in held:
                 os.close(descriptor)
             held = received
+    if len(arguments) > 1:
+        lio_switch.suspend(Path(arguments[1]))
     if held:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(held[1], signal.SIGKILL)

@@ -25,6 +25,7 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
+from stratocache.fs.lio import Lio
 from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
@@ -36,6 +37,7 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.saving import Saving
 from stratocache.fs.snapshots import Snapshots
 from stratocache.fs.state import Database
+from stratocache.fs.target import TargetDaemon
 from stratocache.fs.tgt import Tgt
 from stratocache.fs.traffic_record import TrafficRecord
 
@@ -70,6 +72,11 @@ class Housekeeping:
         self._disks = disks
         self.blocks = blocks
         self._woken = trio.Event()
+
+    def _target_daemon(self) -> TargetDaemon:
+        if self._configuration.iscsi.backend == "lio":
+            return Lio(self._directory.lio_control)
+        return Tgt(self._directory.tgt_control)
 
     def _wake(self) -> None:
         self._woken.set()
@@ -115,7 +122,7 @@ class Housekeeping:
             self._db,
             self._images,
             self._disks,
-            Tgt(self._directory.tgt_control),
+            self._target_daemon(),
             self.blocks,
             work,
             before_removal=provisional.stop,

@@ -36,9 +36,10 @@ class MountKeeper:
         self._crew.mount = self._stored(stored)
         if self._crew.mount is not None:
             return  # the portal may be taken still: by a tgtd that waits for our blockd
+        self._crew.target.suspend()
         unmount_stale(self._directory.blocks)
         self._directory.blocks.mkdir(mode=0o755, exist_ok=True)
-        self._crew.wait_for_portal()
+        self._crew.target.wait_until_free()
         self._mount()
 
     def _stored(self, descriptor: int | None) -> FuseMount | None:
@@ -78,11 +79,13 @@ class MountKeeper:
                 log.error("the kernel does not send requests again: %s", error)
             else:
                 return
+        suspension = self._crew.target.suspend()
         tgtd.send(signal.SIGKILL)  # first: it must not see the errors of the abort
         mount.unmount()
         self._crew.mount = None
         if not tgtd.wait(STOP_TIMEOUT_S):
             log.error("tgtd does not end; its sessions may see errors")
+        suspension.wait(STOP_TIMEOUT_S)
         unmount_stale(self._directory.blocks)
         self._crew.drop_spare()
         self._mount()

@@ -53,6 +53,11 @@ class RunDirectory:
         return self.path / "tgtd.0"
 
     @property
+    def lio_control(self) -> Path:
+        """The socket of the process that makes LIO's targets."""
+        return self.path / "lio.sock"
+
+    @property
     def supervisor_status(self) -> Path:
         """What the supervisor says about itself (`supervisor_status`)."""
         return self.path / "supervisor.json"
@@ -131,7 +136,6 @@ class RunDirectory:
     def remove_leftovers(self) -> None:
         """Remove the sockets and files that dead processes left, but for the API's socket."""
         lock = self.tgt_control.with_name(self.tgt_control.name + ".lock")
-        for path in (
-            self.poke_socket, self.tgt_control, lock, self.supervisor_status, self.upgrade_request,
-        ):  # fmt: skip
+        sockets = (self.poke_socket, self.tgt_control, self.lio_control)
+        for path in (*sockets, lock, self.supervisor_status, self.upgrade_request):
             path.unlink(missing_ok=True)

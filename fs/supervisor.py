@@ -320,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         address=iscsi["address"],
         port=iscsi["port"],
         tgtd=iscsi["tgtd"],
+        backend=iscsi["backend"],
         group=configuration["api"]["group"],
         log_dir=given.log_dir,
     )

@@ -140,15 +140,24 @@ _refused: Any = _refuse
 class Tree(pyfuse3.Operations):
     """The handlers of one connection, over an `Inventory`.
 
-    `on_init` runs when the kernel's INIT is being answered (see `fuse_connection`).
+    `on_init` runs when the kernel's INIT is being answered (see `fuse_connection`). With
+    `opened_by_kernel` root, whom modes do not hold, may open images for writing, as LIO does with every file, and is
+    refused when it writes.
     """
 
     supports_dot_lookup = False
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, inventory: Inventory, on_init: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        on_init: Callable[[], None] | None = None,
+        *,
+        opened_by_kernel: bool = False,
+    ) -> None:
         super().__init__()
+        self._image_modes = {os.O_RDONLY, os.O_RDWR} if opened_by_kernel else {os.O_RDONLY}
         self._inventory = inventory
         self._on_init = on_init
 
@@ -266,7 +275,7 @@ class Tree(pyfuse3.Operations):
             await self._overlay(handle)
             # direct: the kernel holds no page of a disk, so a take-over finds none that is stale
             return FileInfo(fh=handle, direct_io=True)
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+        if flags & os.O_ACCMODE not in self._image_modes or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
         await self._reader(handle)
         return FileInfo(fh=handle, keep_cache=True)

@@ -197,6 +197,35 @@ def test_disk_commands(run: Run) -> None:
     error(run("disk", "show", uuid), 3, "disk-unknown")
 
 
+@pytest.fixture
+def no_iscsid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An iscsiadm that finds its daemon missing, whatever this machine has."""
+    program = tmp_path / "iscsiadm"
+    program.write_text("#!/bin/sh\nexit 20\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("no_iscsid")
+def test_attachment_without_login_is_undone(run: Run) -> None:
+    """When this host cannot log in, what attach --open-iscsi made goes, what was there stays."""
+    uuid = document(run("disk", "create", "--size", "1M", "--json"))["uuid"]
+    attach = ("disk", "attach", uuid, "--instance", "vm-1")
+
+    error(run(*attach, "--open-iscsi"), 10, "iscsid-not-running")
+    assert document(run("disk", "show", uuid, "--json"))["attached_to"] == []
+    document(run(*attach, "--json"))
+    error(run(*attach, "--open-iscsi"), 10, "iscsid-not-running")
+    assert document(run("disk", "show", uuid, "--json"))["attached_to"] == ["vm-1"]
+
+
+def test_detaching_here_what_is_not_attached_is_fine(run: Run) -> None:
+    """detach --open-iscsi may be repeated."""
+    uuid = document(run("disk", "create", "--size", "1M", "--json"))["uuid"]
+
+    assert run("disk", "detach", uuid, "--open-iscsi").exit_code == 0
+
+
 def test_attach_and_detach_commands(run: Run) -> None:
     """attach writes how to reach the disk; detach finds the attachment by itself."""
     uuid = document(run("disk", "create", "--size", "1M", "--json"))["uuid"]

@@ -11,7 +11,14 @@ from click.testing import CliRunner
 
 from stratocache import __version__
 from stratocache.api.command_line import command_line
-from stratocache.api.doctor import Finding, Verdict, clock_finding, examine, kernel_finding
+from stratocache.api.doctor import (
+    Finding,
+    Verdict,
+    clock_finding,
+    examine,
+    kernel_finding,
+    lio_finding,
+)
 from stratocache.cache.configuration import Configuration, IscsiSettings, SpaceSettings
 from stratocache.fs.listener import listen
 from stratocache.fs.pool import Pool
@@ -73,6 +80,18 @@ def test_wrong_tgtd_is_named(configuration: Configuration) -> None:
     finding = found(wrong, "tgtd")
     assert finding.verdict is Verdict.FAIL
     assert "tgtd-of-mine" in finding.detail
+
+
+def test_kernel_target_is_judged_by_its_modules(configuration: Configuration) -> None:
+    """With LIO it is not tgtd that counts, and what the kernel lacks is named with a way out."""
+    lacking = lio_finding("tgtd", "6.1.0", ["iscsi_target_mod"])
+    assert lacking.verdict is Verdict.FAIL
+    assert "iscsi_target_mod" in lacking.detail
+    assert 'iscsi.backend = "tgt"' in lacking.mend
+    assert lio_finding("tgtd", "6.1.0", []).verdict is Verdict.OK
+    chosen = IscsiSettings(backend="lio", tgtd="tgtd-of-mine")
+    finding = found(configuration.model_copy(update={"iscsi": chosen}), "tgtd")
+    assert "LIO" in finding.detail
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_catalogue_can_come_from_variables(tmp_path: Path) -> None:
     [
         ("colour = 'red'", "colour"),
         ("[iscsi]\ncolour = 'red'", "iscsi.colour"),
+        ("[iscsi]\nbackend = 'scst'", "iscsi.backend"),
         ("[catalogues.a]\nendpoint = 'x'\ncolour = 'red'", "catalogues.a.colour"),
     ],
 )

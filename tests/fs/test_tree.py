@@ -153,6 +153,25 @@ def test_change_of_an_image_is_refused(image: Path, change: Callable[[Path], obj
     assert os.listdir(image.parent) == [IMAGE]
 
 
+def test_image_that_a_kernel_target_opened_for_writing_stays(tmp_path: Path) -> None:
+    """With LIO, which opens every file so, root may; the first write is refused all the same."""
+    server = FuseServer(tmp_path, opened_by_kernel=True)
+    try:
+        path = server.add_image(IMAGE, CONTENT)
+        server.start()
+        descriptor = os.open(path, os.O_RDWR)
+        with pytest.raises(OSError) as caught:
+            os.pwrite(descriptor, b"x", 0)
+        assert caught.value.errno == errno.EROFS
+        assert os.pread(descriptor, 100, 0) == CONTENT[:100]
+        os.close(descriptor)
+        with pytest.raises(OSError, match="Read-only"):
+            os.open(path, os.O_WRONLY)
+        assert path.read_bytes() == CONTENT
+    finally:
+        server.close()
+
+
 def test_image_stays_readable_while_it_is_open_and_others_fail(image: Path) -> None:
     """A refused change does not disturb a reader."""
     with image.open("rb") as file:

@@ -29,7 +29,8 @@ from support.images import store_image
 class FuseServer:
     """A state directory with images and overlay disks, and a process that serves it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, opened_by_kernel: bool = False) -> None:
+        self._options = ["opened-by-kernel"] if opened_by_kernel else []
         self.state_dir = root / "state"
         self.run_dir = root / "run"
         self.mount_point = root / "blocks"
@@ -102,7 +103,15 @@ class FuseServer:
         """Mount and serve."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, self.state_dir, self.run_dir, self.mount_point],
+                [
+                    sys.executable,
+                    "-m",
+                    __name__,
+                    self.state_dir,
+                    self.run_dir,
+                    self.mount_point,
+                    *self._options,
+                ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -153,7 +162,7 @@ class _NoChunks:
         raise AssertionError(index)
 
 
-def _serve(state_dir: Path, run_dir: Path, mount_point: Path) -> None:
+def _serve(state_dir: Path, run_dir: Path, mount_point: Path, *, opened_by_kernel: bool) -> None:
     chunks = ChunkStore(state_dir / "chunks")
     db = Database(state_dir / "state.db")
     blocks = Blocks(
@@ -162,7 +171,8 @@ def _serve(state_dir: Path, run_dir: Path, mount_point: Path) -> None:
         ImageStore(state_dir, chunks),
         DiskStore(state_dir, run_dir),
     )
-    pyfuse3.init(Tree(blocks), str(mount_point), {*pyfuse3.default_options, "fsname=stratocache"})
+    tree = Tree(blocks, opened_by_kernel=opened_by_kernel)
+    pyfuse3.init(tree, str(mount_point), {*pyfuse3.default_options, "fsname=stratocache"})
 
     async def serve() -> None:
         async with trio.open_nursery() as nursery:
@@ -183,4 +193,7 @@ def _serve(state_dir: Path, run_dir: Path, mount_point: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    _serve(*(Path(argument) for argument in sys.argv[1:4]))
+    _serve(
+        *(Path(argument) for argument in sys.argv[1:4]),
+        opened_by_kernel="opened-by-kernel" in sys.argv[4:],
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stratodemo.programs import ProgramError, run_program
 
-_KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
+_CLOUD_KERNEL = "linux-image-cloud-amd64"
 
 
 def obtain(name: str, store: Path) -> Path:
@@ -20,11 +20,12 @@ def obtain(name: str, store: Path) -> Path:
     return kept if kept is not None else _download(name, store)
 
 
-def obtain_kernel(store: Path) -> Path:
-    """Return the `.deb` with Debian's kernel for virtual machines. Raises `ProgramError`."""
+def obtain_kernel(store: Path, meta_package: str = _CLOUD_KERNEL) -> Path:
+    """Return the `.deb` with the kernel that `meta_package` names, by default Debian's for virtual
+    machines. A store holds one kernel. Raises `ProgramError`."""
     store.mkdir(parents=True, exist_ok=True)
     kept = _newest("linux-image-[0-9]*", store)
-    return kept if kept is not None else _download(_kernel_package(), store)
+    return kept if kept is not None else _download(_kernel_package(meta_package), store)
 
 
 def unpack(package: Path, directory: Path) -> None:
@@ -50,8 +51,8 @@ def _download(name: str, store: Path) -> Path:
         return downloaded.rename(store / downloaded.name)
 
 
-def _kernel_package() -> str:
-    depends = ["apt-cache", "depends", "--important", _KERNEL_META_PACKAGE]
+def _kernel_package(meta_package: str) -> str:
+    depends = ["apt-cache", "depends", "--important", meta_package]
     try:
         listing = run_program(depends)
     except ProgramError:
@@ -59,5 +60,5 @@ def _kernel_package() -> str:
         listing = run_program(depends)
     match = re.search(r"Depends: (linux-image-\d\S*)", listing)
     if match is None:
-        raise ProgramError(f"apt knows no kernel behind {_KERNEL_META_PACKAGE}.")
+        raise ProgramError(f"apt knows no kernel behind {meta_package}.")
     return match[1]
