@@ -113,7 +113,7 @@ class Manifest:
             size = os.fstat(file.fileno()).st_size
             if size > file_bytes_max:
                 raise _invalid(path, f"{size} bytes are more than an image may need")
-            content = file.read(file_bytes_max + 1)
+            content = file.read(size + 1)
         if len(content) < _FRAME_BYTES or (len(content) - _FRAME_BYTES) % _ITEM.size:
             raise _invalid(path, f"no index has {len(content)} bytes")
         if not content.startswith(_HEADER):
