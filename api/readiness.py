@@ -23,7 +23,7 @@ def faults(configuration: Configuration, db: Database) -> dict[str, str]:
         "supervisor": _supervisor_fault(configuration.run_dir),
         "blockd": _blockd_fault(configuration.poke_socket),
         "mount": _mount_fault(configuration.blocks),
-        "portal": _portal_fault(configuration.iscsi.address, configuration.iscsi.port),
+        "portal": _portal_fault(configuration),
     }
     return {part: sentence for part, sentence in found.items() if sentence}
 
@@ -53,6 +53,15 @@ def _blockd_fault(path: Path) -> str:
     return ""
 
 
+def _lio_fault(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            return f"The LIO process does not listen on {path} ({error.strerror or error})."
+    return ""
+
+
 def _mount_fault(path: Path) -> str:
     point = "".join(_ESCAPES.get(letter, letter) for letter in str(path))
     for line in _MOUNT_TABLE.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
@@ -61,7 +70,10 @@ def _mount_fault(path: Path) -> str:
     return f"The FUSE tree is not mounted on {path}."
 
 
-def _portal_fault(address: str, port: int) -> str:
+def _portal_fault(configuration: Configuration) -> str:
+    address, port = configuration.iscsi.address, configuration.iscsi.port
+    if configuration.iscsi.backend == "lio":  # the kernel listens only while there is a target
+        return _lio_fault(RunDirectory(configuration.run_dir).lio_control)
     try:
         with socket.create_connection((address, port), timeout=_CONNECT_TIMEOUT_S):
             return ""

@@ -113,7 +113,7 @@ class Manifest:
             size = os.fstat(file.fileno()).st_size
             if size > file_bytes_max:
                 raise _invalid(str(path), f"{size} bytes are more than an image may need")
-            content = file.read(file_bytes_max + 1)
+            content = file.read(size + 1)
         return cls.parse(content, str(path), image_bytes_max=image_bytes_max)
 
     @classmethod

@@ -79,7 +79,7 @@ class Lio:
 
 
 def _actual(item: dict[str, Any]) -> ActualTarget:
-    tuples = {name: tuple(item[name]) for name in ("luns", "accounts", "acl")}
+    tuples = {name: tuple(item[name]) for name in ("luns", "accounts", "acl", "initiators")}
     return ActualTarget(**{**item, **tuples})
 
 

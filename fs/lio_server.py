@@ -65,6 +65,8 @@ def prepare() -> None:
             'set iscsi.backend = "tgt".',
         )
     _DATABASE.mkdir(mode=0o700, exist_ok=True)
+    with suppress(OSError):  # as rtslib would, which is too late then; refused once files are open
+        (CORE.parent / "dbroot").write_text(f"{_DATABASE}\n")
     ISCSI.mkdir(exist_ok=True)
 
 
