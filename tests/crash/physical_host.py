@@ -165,7 +165,7 @@ def _check_secrets(host: Host) -> None:
 
 @pytest.mark.parametrize("form", ["raw", "overlay"])
 def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
-    """The device of this host sees no error when `blockd`, or everything of ours, is killed."""
+    """This host's device sees no error when `blockd` or, with LIO, everything of ours is killed."""
     host = iscsid
     uuid = host.disk(form)
     device = host.command(f"disk attach {uuid} --instance here --open-iscsi")["device"]
@@ -173,8 +173,9 @@ def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
     _more_rounds(host, device)
     host.call(inside.kill, host.backend, "stratocache.fs.blockd")
     _more_rounds(host, device)
-    host.call(inside.kill, host.backend)
-    _more_rounds(host, device)
+    if host.backend == "lio":  # with tgt iscsid may stick: TARGETS.md, "A fault of iscsid"
+        host.call(inside.kill, host.backend)
+        _more_rounds(host, device)
     rounds, longest_s = host.call(inside.stop_writing, device)
     print(f"{host.backend} {form}: {rounds} rounds, longest {longest_s:.1f} s")
 
