@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +21,8 @@ import trio
 
 from stratocache.cache.configuration import FetchSettings
 from stratocache.cache.errors import NotFound, NotVerified, OriginFailed, Refused, StratocacheError
-from stratocache.cache.space import Space, full_disk_is_no_space
+from stratocache.cache.room import CacheSpace
+from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Source, Stage
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,11 @@ class HttpOrigin:
     """Downloads from HTTP(S) locations into stages."""
 
     def __init__(
-        self, client: httpx.AsyncClient, settings: FetchSettings, space: Space, backoff: Backoff
+        self,
+        client: httpx.AsyncClient,
+        settings: FetchSettings,
+        space: CacheSpace,
+        backoff: Backoff,
     ) -> None:
         self._client = client
         self._attempts = settings.attempts
@@ -140,13 +145,42 @@ class HttpOrigin:
                     await trio.to_thread.run_sync(_restart, stage, begun)
                 if begun.length_bytes is not None:
                     limit.judge(begun.length_bytes, total=True)
-                    self._space.require(begun.length_bytes - offset)
+                    await self._space.obtain(begun.length_bytes - offset)
                 await self._receive(response, stage, begun, offset, limit, progress)
         except _ERRORS_THAT_PASS as error:
             raise _Passing(f"The connection failed: {_describe(error)}") from None
         except (httpx.InvalidURL, httpx.HTTPError) as error:
             raise OriginFailed("origin-failed", f"It failed: {_describe(error)}.") from None
         return offset > 0
+
+    async def read_range(self, location: str, start: int, size_bytes: int) -> bytes:
+        """Return exactly `size_bytes` bytes of a location that understands ranges; one attempt.
+
+        Raises `OriginFailed` (`origin-failed`, `range-ignored`), `NotFound`
+        (`location-not-found`), `Refused` (`location-refused`).
+        """
+        wanted = f"bytes={start}-{start + size_bytes - 1}"
+        headers = {"Accept-Encoding": "identity", "Range": wanted}
+        data = bytearray()
+        try:
+            async with self._response(location, headers) as response:
+                _judge_status(response, 0)
+                part = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+                if response.status_code != 206 or part is None or int(part[1]) != start:
+                    raise OriginFailed("range-ignored", "The server does not understand ranges.")
+                # Left by cancelling only, as in `_receive`.
+                with trio.CancelScope() as stop:
+                    async for piece in response.aiter_raw():
+                        data += piece
+                        if len(data) > size_bytes:
+                            stop.cancel()
+        except _Passing as error:
+            raise OriginFailed("origin-failed", f"{error}.") from None
+        except (httpx.InvalidURL, httpx.HTTPError) as error:
+            raise OriginFailed("origin-failed", f"It failed: {_describe(error)}.") from None
+        if len(data) != size_bytes:
+            raise OriginFailed("origin-failed", f"{len(data)} bytes came of {size_bytes}.")
+        return bytes(data)
 
     @asynccontextmanager
     async def _response(
@@ -207,7 +241,7 @@ class HttpOrigin:
 
     async def _append(self, stage: Stage, buffer: bytearray) -> None:
         def append() -> None:
-            self._space.require(len(buffer))
+            self._space.obtain_blocking(len(buffer))
             with full_disk_is_no_space(stage.directory), stage.source.open("ab") as file:
                 file.write(buffer)
 
@@ -238,6 +272,13 @@ def open_file(location: str) -> BinaryIO:
         os.close(descriptor)
         raise Refused("location-refused", "It is not a regular file.")
     return open(descriptor, "rb", buffering=0)
+
+
+def read_file_range(location: str, start: int, size_bytes: int) -> bytes:
+    """Return bytes of the file that a `file:` location names, fewer at its end; raises as
+    `open_file` does."""
+    with closing(open_file(location)) as file:
+        return os.pread(file.fileno(), size_bytes, start)
 
 
 def _continuation(stage: Stage, location: str) -> Source | None:

@@ -158,16 +158,17 @@ def _content(
         headers["ETag"] = resource.etag
     if resource.last_modified:
         headers["Last-Modified"] = resource.last_modified
-    match = re.fullmatch(r"bytes=(\d+)-", request.range or "")
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
     same = request.if_range in (None, resource.etag, resource.last_modified)
     if match is None or fault.ignore_range or not same:
         return 200, headers, data
     start = int(match[1])
     if start >= len(data):
         return 416, {"Content-Length": "0"}, data[:0]
-    headers["Content-Length"] = str(len(data) - start)
-    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-    return 206, headers, data[start:]
+    end = min(int(match[2]) + 1 if match[2] else len(data), len(data))
+    headers["Content-Length"] = str(end - start)
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+    return 206, headers, data[start:end]
 
 
 def _send_head(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
