@@ -154,7 +154,7 @@ class DiskReconciliation:
     def _create_disk(self, disk: Disk) -> DiskForm:
         space_plan.admit(self._configuration, self._db, disk.uuid, disk.size_bytes)
         if disk.base_manifest is not None:
-            base = self._images.reader(disk.base_manifest)
+            base = self._images.mended_reader(disk.base_manifest)
             return self._disks.create_clone(disk.uuid, disk.size_bytes, base, disk.base_manifest)
         if disk.base_snapshot is not None:
             snapshot = inventory.find_snapshot(self._db, disk.base_snapshot)

@@ -17,6 +17,18 @@ _NAMED = """
 """
 
 
+_PUBLISHED = """
+    SELECT id AS name FROM images WHERE state = 'verified'
+    UNION SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
+    UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL AND form = 'overlay'
+"""
+
+
+def published_manifests(db: Database) -> set[str]:
+    """Return the names of all manifests that must have a file, whatever is under way."""
+    return {row["name"] for row in db.rows(_PUBLISHED)}
+
+
 def named_manifests(db: Database) -> set[str]:
     """Return the names of all manifests that must stay."""
     return {row["name"] for row in db.rows(_NAMED)}
