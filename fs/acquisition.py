@@ -7,8 +7,8 @@ is kept as long as an operation that may want it is open (`tidy`).
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -23,11 +23,14 @@ from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory
-from stratocache.fs.manifests import named_manifests
+from stratocache.fs.manifests import named_manifests, published_manifests
 from stratocache.fs.records import Image
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)
+
+_GOING_TIMEOUT_S = 60.0
+_GOING_POLL_S = 0.05
 
 Report = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all (None = not known)."""
@@ -65,25 +68,55 @@ class Acquisition:
         self._nursery = nursery
         self._flights: dict[str, _Flight] = {}
         self._slots = trio.CapacityLimiter(configuration.fetch.max_parallel)
+        self._holds: list[set[str]] = []
 
-    async def acquire(self, text: str, report: Report) -> Image:
+    @contextmanager
+    def holding(self) -> Iterator[set[str]]:
+        """Yield a set; images whose ids are in it are not evicted during the block."""
+        hold: set[str] = set()
+        self._holds.append(hold)
+        try:
+            yield hold
+        finally:
+            self._holds = [other for other in self._holds if other is not hold]
+
+    def held(self) -> set[str]:
+        """Return the ids of the images that operations under way are about to use."""
+        return set().union(*self._holds)
+
+    async def acquire(self, text: str, report: Report, hold: set[str]) -> Image:
         """Return the verified image that a reference means, fetching it when it is not here.
+
+        From before it is looked for until `hold` ends nobody here evicts it.
 
         A cached image is judged again by its stored entry, without its catalogue; one that was
         made on this host (`local:ID`, or its id alone) needs no judgement. Raises what resolving,
         judging or fetching raises.
         """
+        hold.add(self._reference(text).path)
         cached = self.cached(text)
         if cached is not None:
             return cached
         entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
+        hold.add(entry.identifier)
         while True:
             image = inventory.find_image(self._db, entry.identifier)
             if image is not None and image.state == "verified":
                 return image
             if image is not None and image.state == "deleting":
-                raise Conflict("image-busy", f"Image {image.id} is being deleted; try again.")
+                await self._wait_until_gone(image.id)
+                continue
             await self._wait_for_flight(entry, report)
+
+    async def _wait_until_gone(self, image_id: str) -> None:
+        """Wait while an image is being deleted or evicted; raises `Conflict` (`image-busy`)."""
+        with trio.move_on_after(_GOING_TIMEOUT_S):
+            while True:
+                image = inventory.find_image(self._db, image_id)
+                if image is None or image.state != "deleting":
+                    return
+                await trio.sleep(_GOING_POLL_S)
+        raise Conflict("image-busy", f"Image {image_id} is being deleted; try again.")
 
     def cached(self, text: str) -> Image | None:
         """Return the verified image that a reference means, judged again; None if it is not here.
@@ -95,15 +128,14 @@ class Acquisition:
             self._catalogues.recheck(image.entry, now=datetime.now(UTC))
         return image
 
+    def _reference(self, text: str) -> Reference:
+        catalogues = self._configuration.catalogues
+        endpoints = {name: item.endpoint for name, item in catalogues.items()}
+        default = self._configuration.default_catalogue
+        return parse(text, default, {LOCAL_CATALOGUE: "", **endpoints})
+
     def _find(self, text: str) -> Image | None:
-        reference = parse(
-            text,
-            self._configuration.default_catalogue,
-            {
-                LOCAL_CATALOGUE: "",
-                **{name: item.endpoint for name, item in self._configuration.catalogues.items()},
-            },
-        )
+        reference = self._reference(text)
         if not is_identifier(reference.path):
             return None
         image = inventory.find_image(self._db, reference.path)
@@ -216,7 +248,8 @@ class Acquisition:
         named = named_manifests(self._db)
         for identifier in set(self._images.identifiers()) - named:
             self._images.remove(identifier)
-        self._fetcher.sweep({image.id for image in inventory.images(self._db)})
+        fetching = {image.id for image in inventory.images(self._db) if image.state == "fetching"}
+        self._fetcher.sweep(fetching, published_manifests(self._db))
 
 
 def _same(reference: Reference, image: Image, default_catalogue: str) -> bool:

@@ -67,6 +67,7 @@ class Blockd:
 
     async def run(self, fuse_fd: int, ready_fd: int) -> None:
         """Serve until SIGTERM or until the connection ends; flush and close every overlay."""
+        self._images.expect_supplier()  # readers come before it
         with PokeListener(self._configuration.poke_socket) as pokes:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._serve, fuse_fd, nursery.cancel_scope)

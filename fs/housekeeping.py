@@ -23,6 +23,7 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
+from stratocache.fs.keeping import Keeping
 from stratocache.fs.lio import Lio
 from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
@@ -90,14 +91,15 @@ class Housekeeping:
 
     async def _work(self, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
         """Sweep once, then look at the state whenever somebody says so, and now and then."""
+        fetcher = Fetcher(self._configuration, self._images, self._chunks, client)
         acquisition = Acquisition(
-            self._configuration,
-            self._db,
-            Catalogues(self._configuration, client),
-            Fetcher(self._configuration, self._images, self._chunks, client),
-            self._images,
-            nursery,
-        )
+            self._configuration, self._db, Catalogues(self._configuration, client), fetcher,
+            self._images, nursery,
+        )  # fmt: skip
+        keeping = Keeping(
+            self._configuration, self._db, self._images, self._disks, fetcher, acquisition,
+            nursery, self._wake,
+        )  # fmt: skip
         work = DiskWork()
         reconciler = Reconciler(
             self._configuration,
@@ -119,17 +121,20 @@ class Housekeeping:
             "hydrate": promotion,
             IMPORT_DISK: Importing(self._db, self._disks, Importer(self._configuration, client)),
             "save": Saving(self._db, self._images, self._disks),
+            **keeping.performers,
         }
         operations = Operations(self._db, acquisition, nursery, self._wake, performers)
         known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}
         await sweep(partial(self._disks.sweep, known))
         await sweep(acquisition.sweep)
         await sweep(partial(transfers.sweep, self._configuration, self._db))
+        keeping.start()
         await reconciler.adopt()
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()
             await operations.look()
+            keeping.scrubbing.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()
