@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def image() -> None:
-    """Fetch, list, pin, mount and delete cached images."""
+    """Fetch, list, pin, verify, mount and delete cached images."""
 
 
 @image.command()
@@ -91,6 +91,22 @@ def unpin(session: Session, image_id: str) -> None:
     """Let an image be evicted again."""
     document = session.client.delete(_path(image_id) + "/pin")
     session.show(document, f"Image {image_id} is not pinned.")
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@json_option
+@click.pass_obj
+def verify(session: Session, image_id: str) -> None:
+    """Hash all of an image, and fetch again what is damaged or missing; 6 if it cannot be had."""
+    from stratocache.api.cache_commands import verify_image
+
+    done = verify_image(session, image_id)
+    result = done["result"]
+    session.show(
+        done,
+        f"Image {image_id} is whole: {result['chunks']} chunks, {result['repaired']} repaired.",
+    )
 
 
 @image.command()

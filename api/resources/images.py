@@ -4,10 +4,11 @@ import falcon
 
 from stratocache.api import answers, query
 from stratocache.api.models import ImageFetch, read_body
-from stratocache.api.representations import ImageView
+from stratocache.api.representations import ImageView, OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import Internal
 from stratocache.fs import intents, inventory
+from stratocache.fs.verification import request_verification
 
 
 class ImageCollection:
@@ -94,3 +95,24 @@ class ImagePin:
         answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
         image = intents.set_pin(db, answers.caller(request), image_id, pinned)
         answers.show(response, ImageView.of(image))
+
+
+class ImageVerification:
+    """`/v1/images/{image_id}/verify`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_post(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
+        """Hash every chunk and the whole, and fetch again what is damaged or missing: 202 and an
+        operation, or 200 when that ends within `?wait=`."""
+        query.require_known(request, "wait")
+        wait_s = query.wait_seconds(request, default=0)
+        operation = self._service.start(
+            request_verification(self._service.db, answers.caller(request), image_id), wait_s
+        )
+        require_success(operation)
+        if operation.finished:
+            answers.show(response, OperationView.of(operation))
+        else:
+            answers.accept(response, operation)
