@@ -53,7 +53,10 @@ crash: test-tools ## run the crash tests with every case; takes hours (root)
 	@CRASH_HISTORIES=$${CRASH_HISTORIES:-10000} CRASH_ROUNDS=$${CRASH_ROUNDS:-200} \
 		CRASH_CUTS=$${CRASH_CUTS:-200} ATTACH_RACES=$${ATTACH_RACES:-1000} LAZY_KILLS=$${LAZY_KILLS:-100} \
 		ATTACHMENT_HISTORIES=$${ATTACHMENT_HISTORIES:-2000} TGT_HISTORIES=$${TGT_HISTORIES:-50} \
-		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py -s \
+		CRASH_FAULTS=$${CRASH_FAULTS:-1000} KEEP_EXAMPLES=$${KEEP_EXAMPLES:-300} \
+		CACHE_REQUESTS=$${CACHE_REQUESTS:-1000} \
+		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py \
+		tests/fs/test_eviction.py -s \
 		-o python_files="test_*.py physical_host.py" -o faulthandler_timeout=0 $(ARGS)
 
 serve: venv ## run the appliance here, with its state in build/serve (root)

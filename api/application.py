@@ -5,7 +5,7 @@ import falcon
 from stratocache.api.identity import caller_of
 from stratocache.api.problem import add_handlers
 from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
-from stratocache.api.resources.cache import CachePlan, CacheStatus
+from stratocache.api.resources.cache import CacheEviction, CachePlan, CacheScrub, CacheStatus
 from stratocache.api.resources.content import DiskContent, DiskUpload
 from stratocache.api.resources.disks import (
     DiskCollection,
@@ -14,7 +14,13 @@ from stratocache.api.resources.disks import (
     DiskRestoration,
 )
 from stratocache.api.resources.health import Index, Liveness, Readiness
-from stratocache.api.resources.images import ImageBootSet, ImageCollection, ImageItem, ImagePin
+from stratocache.api.resources.images import (
+    ImageBootSet,
+    ImageCollection,
+    ImageItem,
+    ImagePin,
+    ImageVerification,
+)
 from stratocache.api.resources.launches import LaunchCollection, LaunchItem, LaunchLease
 from stratocache.api.resources.operations import OperationCollection, OperationItem
 from stratocache.api.resources.snapshots import (
@@ -59,6 +65,7 @@ def create_app(
     app.add_route("/v1/images/{image_id}", ImageItem(service))
     app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
     app.add_route("/v1/images/{image_id}/bootset", ImageBootSet(service))
+    app.add_route("/v1/images/{image_id}/verify", ImageVerification(service))
     app.add_route("/v1/disks", DiskCollection(service))
     app.add_route("/v1/disks/{uuid}", DiskItem(service))
     app.add_route("/v1/disks/{uuid}/content", DiskContent(service))
@@ -76,6 +83,8 @@ def create_app(
         app.add_route(f"{attachments}/{{attachment_id}}/{suffix}", attachment, suffix=suffix)
     app.add_route("/v1/cache", CacheStatus(service))
     app.add_route("/v1/cache/plan", CachePlan(service))
+    app.add_route("/v1/cache/evict", CacheEviction(service))
+    app.add_route("/v1/cache/scrub", CacheScrub(service))
     app.add_route("/v1/launches", LaunchCollection(service))
     app.add_route("/v1/launches/{instance}", LaunchItem(service))
     app.add_route("/v1/launches/{instance}/lease", LaunchLease(service))

@@ -1,15 +1,19 @@
-"""`stratocache cache`: where the space has gone, and what holds it."""
+"""`stratocache cache`: where the space has gone, what holds it, eviction and the scrubber."""
 
+import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
-from stratocache.api.session import Session, json_option, plain
+from stratocache.api.check_commands import finding_view
+from stratocache.api.session import Session, SizeType, json_option, plain
 from stratocache.api.sizes import format_size
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
 
+_POLL_S = 0.2
 _LINES = (
     ("chunks of images", "chunk_bytes"),
     ("manifests", "manifest_bytes"),
@@ -26,23 +30,36 @@ _LINES = (
 
 @click.group()
 def cache() -> None:
-    """Show what the cache and the disks take, and what holds it."""
+    """Show what the cache and the disks take, what holds it; evict, scrub and check."""
 
 
 @cache.command()
 @json_option
 @click.pass_obj
 def status(session: Session) -> None:
-    """Show the bytes by kind, what is promised and what is there."""
+    """Show the bytes by kind, what is promised, the scrubber, and what is lost."""
     account = session.client.get("/v1/cache")
-    session.show(account, space_lines(account))
+    lines = [space_lines(account), scrub_line(account["scrub"])]
+    lines += [
+        f"LOST: {item['kind']} {plain(item['name'])} of {', '.join(item['images'])}, needed by "
+        f"{item['disk_count']} disks: {plain(item['reason'])}"
+        for item in account["losses"]
+    ]
+    session.show(account, "\n".join(lines))
 
 
 @cache.command()
+@click.option("--offline", is_flag=True, help="Only what would fail without its origins.")
+@click.option("--fix", is_flag=True, help="With --offline: fetch what is missing.")
 @json_option
-@click.pass_obj
-def plan(session: Session) -> None:
-    """Show the space, and each image with what keeps it, the longest unused first."""
+@click.pass_context
+def plan(context: click.Context, offline: bool, fix: bool) -> None:
+    """Show the space, and each image in the order of eviction, with what keeps the others."""
+    session = context.ensure_object(Session)
+    if fix and not offline:
+        raise click.UsageError("--fix goes with --offline.", context)
+    if offline:
+        context.exit(_plan_offline(session, fix=fix))
     document = session.client.get("/v1/cache/plan")
     if session.as_json:
         session.show(document, "")
@@ -52,13 +69,151 @@ def plan(session: Session) -> None:
         "images",
         document["images"],
         {
+            "#": lambda item: item["order"],
             "IMAGE": lambda item: item["image"],
             "SIZE": lambda item: _size(item["size_bytes"]),
             "LAST USED": lambda item: item["last_used_at"],
-            "KEPT BY": _holders,
+            "FREES": lambda item: _size(item["freed_bytes"]),
+            "REFETCH": lambda item: _cost(item),
+            "KEPT BY": lambda item: item["kept_because"],
             "TITLE": lambda item: item["title"] or None,
         },
     )
+
+
+def _plan_offline(session: Session, *, fix: bool) -> int:
+    """Show, and mend, what would fail without its origins; return the exit status."""
+    found = session.client.get("/v1/cache/plan", offline="true")["images"]
+    if fix:
+        for item in found:
+            _verify_leniently(session, item["image"])
+        found = session.client.get("/v1/cache/plan", offline="true")["images"]
+    if not found and not session.as_json:
+        click.echo("Everything that is pinned, attached or the base of a disk is whole here.")
+        return 0
+    session.show_table(
+        "images",
+        found,
+        {
+            "IMAGE": lambda item: item["image"],
+            "WHY": lambda item: item["reason"],
+            "CHUNKS": lambda item: item["missing_chunks"],
+            "MISSING": lambda item: _size(item["missing_bytes"]),
+            "TITLE": lambda item: item["title"] or None,
+        },
+    )
+    return 6 if found else 0
+
+
+def _verify_leniently(session: Session, image_id: str) -> None:
+    from stratocache.cache.errors import StratocacheError
+
+    try:
+        verify_image(session, image_id)
+    except StratocacheError as error:  # the others are mended all the same
+        session.show_error(error)
+
+
+def verify_image(session: Session, image_id: str) -> "Document":
+    """Verify an image, with the progress shown; raises what the operation failed with."""
+    operation = session.client.begin(f"/v1/images/{quote(image_id, safe='')}/verify", {})
+    return session.follow(operation, "verify")
+
+
+@cache.command()
+@click.option("--image", "image_id", metavar="ID", help="This image.")
+@click.option("--bytes", "size_bytes", type=SizeType(), help="At least so much, such as 10G.")
+@click.option("--dry-run", is_flag=True, help="Only show what would go.")
+@json_option
+@click.pass_obj
+def evict(session: Session, image_id: str | None, size_bytes: int | None, dry_run: bool) -> None:
+    """Evict cold images: one, or so many bytes, or what is over the limit and the floor."""
+    body: dict[str, Any] = {"dry_run": dry_run}
+    if image_id is not None:
+        body["image"] = image_id
+    if size_bytes is not None:
+        body["bytes"] = size_bytes
+    if not dry_run:
+        done = session.follow(session.client.begin("/v1/cache/evict", body), "evict")
+        session.show(done, f"{format_size(done['result']['freed_bytes'])} are free again.")
+        return
+    preview = session.client.post("/v1/cache/evict", body)
+    lines = [
+        f"{item['image']}: last used {item['last_used_at'] or 'never'}, frees "
+        f"{_size(item['freed_bytes'])}, fetching it again: {_cost(item)}"
+        for item in preview["images"]
+    ]
+    lines.append(
+        f"{len(lines)} images, {format_size(preview['freed_bytes'])}; nothing was evicted."
+    )
+    session.show(preview, "\n".join(lines))
+
+
+@cache.command()
+@click.option("--now", "action", flag_value="now", default=True, help="Begin a pass (default).")
+@click.option("--pause", "action", flag_value="pause", help="Stop reading until --resume.")
+@click.option("--resume", "action", flag_value="resume", help="Go on where it was.")
+@click.option("--wait", is_flag=True, help="Wait for the end of the pass; 6 if something is lost.")
+@json_option
+@click.pass_context
+def scrub(context: click.Context, action: str, wait: bool) -> None:
+    """Read everything in the cache again, and repair what has rotted."""
+    session = context.ensure_object(Session)
+    before = session.client.get("/v1/cache")["scrub"]["finished_at"]
+    state = session.client.post("/v1/cache/scrub", {"action": action})
+    losses: list[Any] = []
+    while wait:
+        time.sleep(_POLL_S)
+        shown = session.client.get("/v1/cache")
+        state, losses = shown["scrub"], shown["losses"]
+        if state["state"] == "paused":
+            break
+        if state["state"] == "idle" and state["finished_at"] != before:
+            break
+    session.show(state, scrub_line(state))
+    if losses:
+        context.exit(6)
+
+
+@cache.command()
+@click.option(
+    "--repair", is_flag=True, help="Remove what nothing needs; the daemon must be stopped."
+)
+@click.option("--deep", is_flag=True, help="Hash every chunk.")
+@json_option
+@click.pass_context
+def check(context: click.Context, repair: bool, deep: bool) -> None:
+    """Account for every byte of the cache: chunks, manifests, stage, quarantine.
+
+    Exits 6 when something that is needed is damaged or missing. Leaks cost space only, and --repair
+    frees it.
+    """
+    from stratocache.fs import cache_check
+
+    session = context.ensure_object(Session)
+    report = cache_check.check(session.configuration, repair=repair, deep=deep)
+    found = {"fault": report.faults, "leak": report.leaks, "repaired": report.repaired}
+    document: Document = {
+        "bytes": report.bytes,
+        "manifests": report.manifests,
+        "chunks": report.chunks,
+        **{name if name == "repaired" else f"{name}s": [finding_view(item) for item in items]
+           for name, items in found.items()},
+        "notes": report.notes,
+    }  # fmt: skip
+    lines = [
+        f"{name}: {item.code}: {plain(item.message)}"
+        for name, items in found.items() for item in items
+    ]  # fmt: skip
+    lines += [f"note: {plain(note)}" for note in report.notes]
+    lines += [f"{kind + ':':<15}{_size(size)}" for kind, size in sorted(report.bytes.items())]
+    lines.append(
+        f"{report.manifests} manifests, {report.chunks} chunks checked: {len(report.faults)} "
+        f"faults, {len(report.leaks)} leaks, {len(report.repaired)} repaired."
+    )
+    session.show(document, "\n".join(lines))
+    if report.faults:
+        context.exit(6)
 
 
 def space_lines(account: "Document") -> str:
@@ -78,10 +233,17 @@ def _size(value: int | None) -> str:
     return "-" if value is None else format_size(value)
 
 
-def _holders(item: "Document") -> str | None:
-    named: list[tuple[str, Any]] = [
-        ("pin", item["pinned"]),
-        (f"{item['disk_count']} disks", item["disk_count"]),
-        (f"{item['instance_count']} instances", item["instance_count"]),
-    ]
-    return ", ".join(plain(name) for name, true in named if true) or None
+def _cost(item: "Document") -> str:
+    if item["origin"] is None:
+        return "impossible"
+    return f"{_size(item['refetch_bytes'])} from {plain(item['origin'])}"
+
+
+def scrub_line(state: "Document") -> str:
+    """Return one line on what the scrubber does."""
+    seen = f"{state['chunks']} chunks ({_size(state['chunk_bytes'])})"
+    ended = state["finished_at"] or "never"
+    return (
+        f"{'scrubber:':<21}{state['state']}; {seen}, {state['damaged']} damaged, "
+        f"{state['repaired']} repaired in this pass; last whole pass {ended}"
+    )

@@ -32,7 +32,7 @@ def check(context: click.Context, uuid: str | None, repair: bool, deep: bool) ->
     found = {"fault": report.faults, "leak": report.leaks, "repaired": report.repaired}
     document: Document = {
         "disks": report.disks,
-        **{f"{name}s" if name != "repaired" else name: [_view(item) for item in items]
+        **{f"{name}s" if name != "repaired" else name: [finding_view(item) for item in items]
            for name, items in found.items()},
         "notes": report.notes,
     }  # fmt: skip
@@ -49,5 +49,6 @@ def check(context: click.Context, uuid: str | None, repair: bool, deep: bool) ->
         context.exit(6)
 
 
-def _view(finding: "Finding") -> "Document":
+def finding_view(finding: "Finding") -> "Document":
+    """Return what a check found, for JSON."""
     return {"code": finding.code, "subject": finding.subject, "message": finding.message}

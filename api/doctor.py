@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,8 +24,11 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs import lio_switch, reflink
 from stratocache.fs.listener import group_id
+from stratocache.fs.losses import losses
 from stratocache.fs.pool import Pool
 from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.scrubbing import scrub_state
+from stratocache.fs.state import Database
 from stratocache.fs.supervisor_status import State, read_status
 
 
@@ -279,6 +283,31 @@ def _space(name: str, configuration: Configuration) -> Finding:
     return Finding(name, Verdict.OK, detail)
 
 
+def _cache(name: str, configuration: Configuration) -> Finding:
+    if not configuration.database.exists():
+        return Finding(name, Verdict.OK, "empty")
+    with closing(Database(configuration.database)) as db:
+        try:
+            lost = losses(db)
+            scrubbed = scrub_state(db)
+        except sqlite3.OperationalError:
+            return Finding(name, Verdict.OK, "its schema is brought up to date by the next start")
+    if lost:
+        disks = sorted({uuid for loss in lost for uuid in loss.disks})
+        return Finding(
+            name,
+            Verdict.WARN,
+            f"{len(lost)} chunks or manifests are lost, {len(disks)} disks need them",
+            "`stratocache cache status` names them; bring their origins back and run `stratocache "
+            "image verify`, or restore the disks.",
+        )
+    if scrubbed.state == "paused":
+        return Finding(
+            name, Verdict.WARN, "the scrubber is paused", "Run `stratocache cache scrub --resume`."
+        )
+    return Finding(name, Verdict.OK, f"last read whole: {scrubbed.finished_at or 'never'}")
+
+
 def _clock(name: str, _configuration: Configuration) -> Finding:
     return clock_finding(name, time.time(), synchronised=_clock_synchronised())
 
@@ -397,6 +426,7 @@ _CHECKS: dict[str, Callable[[str, Configuration], Finding]] = {
     "run directory": _run_directory,
     "reflink": _reflink,
     "space": _space,
+    "cache": _cache,
     "clock": _clock,
     "group": _group,
     "portal": _portal,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def image() -> None:
-    """Fetch, list, pin, mount and delete cached images."""
+    """Fetch, list, pin, verify, mount and delete cached images."""
 
 
 @image.command()
@@ -132,6 +132,22 @@ def import_bootset(session: Session, image_id: str, file: Path) -> None:
         raise InvalidInput("bootset-invalid", f"{file} is not a boot set.") from None
     session.client.put(_path(image_id) + "/bootset", document)
     session.show({"image": image_id, "file": str(file)}, f"Image {image_id} has a boot set.")
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@json_option
+@click.pass_obj
+def verify(session: Session, image_id: str) -> None:
+    """Hash all of an image, and fetch again what is damaged or missing; 6 if it cannot be had."""
+    from stratocache.api.cache_commands import verify_image
+
+    done = verify_image(session, image_id)
+    result = done["result"]
+    session.show(
+        done,
+        f"Image {image_id} is whole: {result['chunks']} chunks, {result['repaired']} repaired.",
+    )
 
 
 @image.command()

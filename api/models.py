@@ -133,6 +133,20 @@ class LaunchCreation(RequestModel):
     lease_s: LeaseSeconds | None = None
 
 
+class EvictionRequest(RequestModel):
+    """`POST /v1/cache/evict`: an image, or a number of bytes, or neither: what is over the marks."""
+
+    image: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    bytes: Annotated[int, Field(ge=1, le=2**62)] | None = None
+    dry_run: bool = False
+
+
+class ScrubRequest(RequestModel):
+    """`POST /v1/cache/scrub`."""
+
+    action: Literal["now", "pause", "resume"] = "now"
+
+
 Model = TypeVar("Model", bound=RequestModel)
 
 

@@ -5,8 +5,10 @@ rows are the account of them and can be made again from the files. See FETCH.md.
 """
 
 import ctypes
+import errno
 import hashlib
 import logging
+import mmap
 import os
 import resource
 import threading
@@ -32,7 +34,11 @@ DIGEST_BYTES = 32
 
 _OPEN_MAX = 16384
 _VERIFIED_MAX = 2**18
-"""Digests remembered as verified; when full all are forgotten and hashed again (32 MiB at most)."""
+"""Digests remembered as verified; when full all are forgotten and hashed again (40 MiB at most)."""
+_DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ELOOP, errno.EISDIR})
+"""What the system says of a file that is lost; other errors are of the process or the host."""
+_DIRECT_BYTES = CHUNK_BYTES + 4096
+"""Room for a whole chunk and the sign of a longer file, aligned as O_DIRECT wants it."""
 
 _ROWS = 256
 """Rows read or deleted at a time."""
@@ -73,7 +79,12 @@ class ChunkDescriptor(int):
     another thread is using; keep the object, not a copy of its number, while you read.
     """
 
-    __slots__ = ()
+    stamp_ns: int
+    """When the file was last changed, as it was hashed (st_ctime: nobody can set that back)."""
+
+    def is_intact(self) -> bool:
+        """Tell whether the file has stayed as it was hashed; ask after reading from it."""
+        return os.fstat(self).st_ctime_ns == self.stamp_ns
 
     def __del__(self) -> None:
         with suppress(OSError):
@@ -103,7 +114,7 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._removal = threading.Lock()
         self._open: OrderedDict[bytes, ChunkDescriptor] = OrderedDict()
-        self._verified: set[bytes] = set()
+        self._verified: dict[bytes, int] = {}
         self._condemned: list[set[bytes]] = []
         self._verified_count = 0
         self._quarantined_count = 0
@@ -125,7 +136,7 @@ class ChunkStore:
         new = 0
         with full_disk_is_no_space(self._directory):
             for digest, data in stored:
-                if digest not in self._verified and not self._holds(digest, data):
+                if not self._trusts(digest) and not self._holds(digest, data):
                     self._disk.write(digest, data)
                     new += 1
             self._index(lambda: self._insert_rows(stored))
@@ -136,6 +147,14 @@ class ChunkStore:
             for digest, data in chunks:
                 if digest not in self._cache:
                     self._cache.set(digest, Written(len(data)))
+
+    def _trusts(self, digest: bytes) -> bool:
+        """Tell whether a chunk's file is there and unchanged since it was hashed."""
+        stamp_ns = self._verified.get(digest)
+        try:
+            return stamp_ns is not None and self.path(digest).lstat().st_ctime_ns == stamp_ns
+        except OSError:
+            return False
 
     def _holds(self, digest: bytes, data: bytes) -> bool:
         path = self._disk.filename(digest)[1]
@@ -160,30 +179,73 @@ class ChunkStore:
             return descriptor
 
     def open(self, digest: bytes) -> ChunkDescriptor:
-        """Return a read-only descriptor of a chunk, hashed when this process first opens it.
+        """Return a read-only descriptor of a chunk, hashed when this process first opens it, and
+        again when its file has changed since.
 
         Raises `NotVerified`: `chunk-missing`, or `chunk-corrupt` after moving it to quarantine.
         """
         descriptor = self.opened(digest)
         if descriptor is not None:
-            return descriptor
-        try:
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = ChunkDescriptor(os.open(self.path(digest), flags))
-        except FileNotFoundError:
-            raise NotVerified(
-                "chunk-missing", f"Chunk {digest.hex()} is not in the store; fetch its image again."
-            ) from None
-        if digest not in self._verified:
-            self._verify(digest, descriptor)
+            if descriptor.is_intact():
+                return descriptor
+            self.distrust(digest)
+        while True:
+            descriptor = self._open_file(digest)
+            if self._verified.get(digest) == descriptor.stamp_ns:
+                break
+            if self._verify(digest, descriptor):
+                break
         with self._lock:
             if len(self._verified) >= _VERIFIED_MAX:
                 self._verified.clear()
-            self._verified.add(digest)
+            self._verified[digest] = descriptor.stamp_ns
             self._open[digest] = descriptor
             while len(self._open) > self._open_max:
                 self._open.popitem(last=False)
         return descriptor
+
+    def _open_file(self, digest: bytes) -> ChunkDescriptor:
+        try:
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = ChunkDescriptor(os.open(self.path(digest), flags))
+        except FileNotFoundError:
+            self.distrust(digest)
+            raise _missing(digest) from None
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
+            log.error("chunk %s cannot be opened: %s", digest.hex(), error)
+            self.quarantine(digest)
+            raise _corrupt(digest) from None
+        descriptor.stamp_ns = os.fstat(descriptor).st_ctime_ns
+        return descriptor
+
+    def distrust(self, digest: bytes) -> None:
+        """Hash a chunk again when it is next opened."""
+        self._forget(digest)
+
+    def inspect(self, digest: bytes) -> int:
+        """Hash a chunk as the medium has it, past the page cache; return its bytes.
+
+        Raises as `open` does.
+        """
+        inode: int | None
+        try:
+            content, inode = _read_medium(self.path(digest))
+        except FileNotFoundError:
+            self.distrust(digest)
+            raise _missing(digest) from None
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
+            log.error("chunk %s cannot be read: %s", digest.hex(), error)
+            content, inode = memoryview(b""), None
+        if len(content) <= CHUNK_BYTES and hashlib.sha256(content).digest() == digest:
+            self._verified_count += 1
+            return len(content)
+        if self.quarantine(digest, inode):
+            raise _corrupt(digest)
+        return self.inspect(digest)
 
     def path(self, digest: bytes) -> Path:
         """Return where a chunk's file is, or would be."""
@@ -229,7 +291,7 @@ class ChunkStore:
     def _forget(self, digest: bytes) -> None:
         with self._lock:
             self._open.pop(digest, None)
-            self._verified.discard(digest)
+            self._verified.pop(digest, None)
 
     def _delete_rows(self, digests: list[bytes]) -> None:
         def delete() -> None:
@@ -296,28 +358,74 @@ class ChunkStore:
         self._index(self._cache.close)
         self._indexer.shutdown()
 
-    def _verify(self, digest: bytes, descriptor: int) -> None:
-        if _hashes_to(descriptor, digest):
+    def _verify(self, digest: bytes, descriptor: ChunkDescriptor) -> bool:
+        """Tell whether a file has its digest; False when another has taken its place meanwhile."""
+        try:
+            data = os.pread(descriptor, CHUNK_BYTES + 1, 0)
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
+            log.error("chunk %s cannot be read: %s", digest.hex(), error)
+            data = b""
+        if len(data) <= CHUNK_BYTES and hashlib.sha256(data).digest() == digest:
             self._verified_count += 1
-            return
-        self.quarantine(digest)
-        raise NotVerified(
-            "chunk-corrupt",
-            f"Chunk {digest.hex()} no longer has its digest and went to quarantine; "
-            "check the disk for errors and fetch its image again.",
-        )
+            return True
+        if self.quarantine(digest, os.fstat(descriptor).st_ino):
+            raise _corrupt(digest)
+        return False
 
-    def quarantine(self, digest: bytes) -> None:
-        """Move a chunk's file out of the store, to where a person can look at it."""
-        log.error("chunk %s is moved to quarantine", digest.hex())
+    def quarantine(self, digest: bytes, inode: int | None = None) -> bool:
+        """Move a chunk's file to where a person can look at it; tell whether it was there.
+
+        One that has taken the place of the file of number `inode` stays.
+        """
         self._quarantine_directory.mkdir(mode=0o750, exist_ok=True)
+        path = self.path(digest)
+        with self._removal:
+            self._forget(digest)
+            try:
+                if inode is not None and path.lstat().st_ino != inode:
+                    return False
+                path.rename(self._quarantine_directory / digest.hex())
+            except FileNotFoundError:
+                return False
+        log.error("chunk %s is moved to quarantine", digest.hex())
         self._quarantined_count += 1
-        self._forget(digest)
-        with suppress(FileNotFoundError):
-            self.path(digest).rename(self._quarantine_directory / digest.hex())
         self._delete_rows([digest])
+        return True
 
 
-def _hashes_to(descriptor: int, digest: bytes) -> bool:
-    data = os.pread(descriptor, CHUNK_BYTES + 1, 0)
-    return len(data) <= CHUNK_BYTES and hashlib.sha256(data).digest() == digest
+def _missing(digest: bytes) -> NotVerified:
+    return NotVerified(
+        "chunk-missing", f"Chunk {digest.hex()} is not in the store; fetch its image again."
+    )
+
+
+def _corrupt(digest: bytes) -> NotVerified:
+    return NotVerified(
+        "chunk-corrupt",
+        f"Chunk {digest.hex()} no longer has its digest and went to quarantine; "
+        "check the disk for errors and fetch its image again.",
+    )
+
+
+def _read_medium(path: Path) -> tuple[memoryview, int]:
+    """Return a file of at most a chunk's bytes (a longer one shows) and its inode's number, past
+    the page cache if the file system can do that."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return _read_whole(path, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return _read_whole(path, flags)
+
+
+def _read_whole(path: Path, flags: int) -> tuple[memoryview, int]:
+    descriptor = os.open(path, flags)
+    try:
+        buffer = mmap.mmap(-1, _DIRECT_BYTES)  # aligned to a page
+        count = os.preadv(descriptor, [buffer], 0)
+        return memoryview(buffer)[:count], os.fstat(descriptor).st_ino
+    finally:
+        os.close(descriptor)

@@ -53,7 +53,7 @@ class Completion:
         (`image-rejected`) when the whole is not what was promised, `OriginFailed`
         (`origin-failed`) when no origin gives anything for `fetch.attempts` times, `NoSpace`.
         """
-        reader = await trio.to_thread.run_sync(self._images.reader, entry.identifier)
+        reader = await self._images.open_reader(entry.identifier)
         await self._fill(reader, boot_set, progress)
         found = await self._prove(reader, entry)
         await trio.to_thread.run_sync(self._images.chunks.sync)

@@ -94,11 +94,32 @@ class SpaceSettings(_Table):
     """What disks are promised beyond what they have, over the free space less the reserve."""
 
 
+class CacheSettings(_Table):
+    """When cold images make room."""
+
+    max_bytes: Annotated[int, Field(ge=0)] = 0
+    """Of all chunks together, those of snapshots too; 0 = no limit."""
+    min_free_bytes: Annotated[int, Field(ge=0)] = 0
+    """Free space below which cold images go; 0 = only when a fetch needs room."""
+    hysteresis_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    """How much further than the limit or the floor eviction goes once it has begun."""
+    check_interval_s: Seconds = 30
+    """How often the limit and the floor are looked at."""
+
+
+class ScrubSettings(_Table):
+    """Reading everything in the cache again, to find what has rotted."""
+
+    bytes_per_s: Annotated[int, Field(ge=1024**2)] = 20 * 1024**2
+    interval_s: Annotated[float, Field(gt=0, le=366 * 86400)] = 7 * 86400
+    """From the beginning of one pass to that of the next."""
+
+
 class QuarantineSettings(_Table):
     """Volatile disks of instances that have failed."""
 
     period_s: Annotated[float, Field(gt=0, le=366 * 86400)] = 48 * 3600
-    """How long they are kept before they are deleted."""
+    """How long they, and damaged chunks, are kept before they are deleted."""
 
 
 class Configuration(_Table):
@@ -113,6 +134,8 @@ class Configuration(_Table):
     iscsi: IscsiSettings = IscsiSettings()
     api: ApiSettings = ApiSettings()
     space: SpaceSettings = SpaceSettings()
+    cache: CacheSettings = CacheSettings()
+    scrub: ScrubSettings = ScrubSettings()
     quarantine: QuarantineSettings = QuarantineSettings()
 
     @property

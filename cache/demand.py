@@ -9,20 +9,20 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 import trio
 
 from stratocache.cache.chunk_origins import ChunkOrigin, Unavailable, Wanted, host_of, origins_of
-from stratocache.cache.chunks import DIGEST_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import Space
 from stratocache.cache.traffic import READER, Traffic
 
@@ -50,8 +50,6 @@ class Patience:
 
 EntryOf = Callable[[str], Entry | None]
 """Returns the entry of an image that may be read, None for another name; called in threads."""
-Refetch = Callable[[Entry], Awaitable[object]]
-"""Fetches an image whole, so that its chunks are in the store again."""
 
 
 @dataclass
@@ -78,6 +76,8 @@ class _Flight:
     arrived: bool = False
     reader: str = ""
     """Who asked first."""
+    patient: bool = True
+    """Whether origins are asked again and again while there is time."""
     error: Exception | None = None
     """Why it did not arrive; None also when others may well try again."""
 
@@ -104,7 +104,8 @@ class _Host:
 class ChunkFetcher:
     """Fetches chunks of all images of one cache. Belongs to one trio loop; flights run in `nursery`.
 
-    `refetch` is the way to a chunk of an image that can only be read whole (compressed, qcow2).
+    `room` is asked for room before anything is fetched in the background; what a guest waits for
+    leaves the reserve alone and nothing else.
     """
 
     def __init__(
@@ -114,8 +115,8 @@ class ChunkFetcher:
         client: httpx.AsyncClient,
         nursery: trio.Nursery,
         entry_of: EntryOf,
+        room: CacheSpace,
         *,
-        refetch: Refetch | None = None,
         backoff: Backoff | None = None,
         patience: Patience | None = None,
     ) -> None:
@@ -128,7 +129,6 @@ class ChunkFetcher:
         self._client = client
         self._nursery = nursery
         self._entry_of = entry_of
-        self._refetch = refetch
         self._backoff = backoff or Backoff()
         self._space = Space(configuration.state_dir, configuration.space.reserve_bytes)
         # A server that says nothing for a third of a guest's patience is given up for another one.
@@ -139,60 +139,52 @@ class ChunkFetcher:
         self._flights: dict[bytes, _Flight] = {}
         self._hosts: dict[str, _Host] = {}
         self._health: defaultdict[str, _Health] = defaultdict(_Health)
-        self._refetching: dict[str, trio.Event] = {}
         self._patience = patience or Patience(settings.quiet_s, 3 * settings.quiet_s)
         self._asking = 0
         self._quiet_at = 0.0
+        self._room = room
+        self._room_limiter = trio.CapacityLimiter(1)
         # Apart from trio's own: threads that wait for chunks must not keep chunks from landing.
         self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
 
     # Now.
 
-    async def fetch(self, image_id: str, index: int) -> None:
+    async def fetch(self, image_id: str, index: int, *, patient: bool = True) -> None:
         """Return when chunk `index` of an image is in the store, fetching it when it is not.
 
         For guests' reads and for repairs: it goes before everything else. A chunk that is there but
-        damaged must have been moved away. Raises `OriginFailed` (`chunk-unreachable`) when no origin
-        gave it within `fetch.demand_timeout_s`, `NotVerified` (`chunk-missing`) when there is none
-        to ask, `NoSpace`, and what reading the manifest raises.
+        damaged must have been moved away. Unless `patient` each origin is asked once: for who knows
+        another way. Raises `OriginFailed` (`chunk-unreachable`) when no origin gave it within
+        `fetch.demand_timeout_s`, `NotVerified` (`chunk-missing`) when there is none to ask,
+        `NoSpace`, and what reading the manifest raises.
         """
         image = await self._image(image_id)
         if image is None:
-            raise _nowhere(f"{index} of {image_id}")
-        await self._demand(image.manifest.digest(index), [(image, index)])
-
-    async def fetch_digest(self, digest: bytes) -> None:
-        """As `fetch`, for a chunk of whichever images have it."""
-        places = await self._places(digest)
-        if not places:
-            raise _nowhere(digest.hex())
-        await self._demand(digest, places)
-
-    async def supply(self, name: str, index: int, digest: bytes) -> None:
-        """As `fetch`, for chunk `index` of any manifest: an image's, or a snapshot's of a disk."""
-        image = await self._image(name)
-        if image is not None and image.origins and _has(image.manifest, index, digest):
-            await self._demand(digest, [(image, index)])
-        else:
-            await self.fetch_digest(digest)
+            raise NotVerified(
+                "chunk-missing",
+                f"Chunk {index} of {image_id} is not in the store and no image has an origin for it.",
+            )
+        await self._demand(image, index, patient=patient)
 
     def waited(self, name: str, wait_s: float) -> None:
         """Count what the running task waited for a chunk, under `READER` too."""
         self.traffic.waited(name, READER.get(), wait_s)
 
-    async def _demand(self, digest: bytes, places: list[tuple[_Image, int]]) -> None:
+    async def _demand(self, image: _Image, index: int, *, patient: bool) -> None:
+        digest = image.manifest.digest(index)
         self._asking += 1
         try:
             with trio.move_on_after(self.timeout_s):
                 while True:
                     flight = self._flights.get(digest)
                     if flight is None:
-                        flight = self._flights[digest] = _Flight(reader=READER.get())
-                        self._nursery.start_soon(self._fly, digest, flight, places)
+                        flight = _Flight(reader=READER.get(), patient=patient)
+                        self._flights[digest] = flight
+                        self._nursery.start_soon(self._fly, flight, image, index)
                     await flight.landed.wait()
                     if flight.arrived:
                         return
-                    if flight.error is not None:
+                    if flight.error is not None and flight.patient >= patient:
                         raise flight.error
         finally:
             self._asking -= 1
@@ -202,12 +194,13 @@ class ChunkFetcher:
             f"Chunk {digest.hex()} did not come within {self.timeout_s:g} s; check the origins.",
         )
 
-    async def _fly(self, digest: bytes, flight: _Flight, places: list[tuple[_Image, int]]) -> None:
+    async def _fly(self, flight: _Flight, image: _Image, index: int) -> None:
         """Bring one chunk, from whichever origin gives it first."""
+        digest = image.manifest.digest(index)
         try:
             flight.arrived = await self._is_there(digest)
             if not flight.arrived:
-                await self._obtain(flight, places)
+                await self._obtain(flight, image, image.wanted(index))
         except (StratocacheError, OSError) as error:
             flight.error = error
         except Exception as error:
@@ -216,60 +209,31 @@ class ChunkFetcher:
         finally:
             self._land(digest, flight)
 
-    async def _obtain(self, flight: _Flight, places: list[tuple[_Image, int]]) -> None:
+    async def _obtain(self, flight: _Flight, image: _Image, wanted: Wanted) -> None:
         deadline = trio.current_time() + self.timeout_s
-        choices = [
-            (origin, image, image.wanted(index))
-            for image, index in places
-            for origin in image.origins
-        ]
-        lacking: set[str] = set()
+        done: set[str] = set()
         reason = "it has no origin that serves single chunks"
         while not flight.arrived:
             now = trio.current_time()
-            left = [choice for choice in choices if choice[0].location not in lacking]
-            ready = [choice for choice in left if self._rests_until(choice[0]) <= now]
+            left = [origin for origin in image.origins if origin.location not in done]
             if not left:
                 break
-            chosen = ready[0] if ready else min(left, key=lambda one: self._rests_until(one[0]))
-            if not ready:
+            origin = min(left, key=lambda one: max(now, self._rests_until(one)))
+            if flight.patient and self._rests_until(origin) > now:
                 # somebody waits: an origin that should rest for longer is better than none
-                again = min(self._rests_until(chosen[0]), now + self.timeout_s / _TRIES)
+                again = min(self._rests_until(origin), now + self.timeout_s / _TRIES)
                 if again >= deadline:
                     break
                 await trio.sleep_until(again)
-            origin, image, wanted = chosen
             async with self._host(origin).demand:
                 failure = await self._read(origin, image, [wanted], {wanted.digest: flight})
             if failure is not None:
                 reason = f"{origin.location}: {failure}"
-                if failure.kind == "absent":
-                    lacking.add(origin.location)
-        if not flight.arrived:
-            await self._obtain_whole(flight, places, reason)
-
-    async def _obtain_whole(
-        self, flight: _Flight, places: list[tuple[_Image, int]], reason: str
-    ) -> None:
-        """Fetch a whole image again for the sake of a chunk, when that is the only way."""
-        image, index = places[0]
-        digest = image.manifest.digest(index)
-        if self._refetch is not None and not image.origins:
-            identifier = image.entry.identifier
-            under_way = self._refetching.get(identifier)
-            if under_way is not None:
-                await under_way.wait()
-            else:
-                under_way = self._refetching[identifier] = trio.Event()
-                try:
-                    await self._refetch(image.entry)
-                finally:
-                    del self._refetching[identifier]
-                    under_way.set()
-            flight.arrived = await self._is_there(digest)
+                if failure.kind == "absent" or not flight.patient:
+                    done.add(origin.location)
         if not flight.arrived:
             raise OriginFailed(
-                "chunk-unreachable", f"Chunk {digest.hex()} cannot be fetched ({reason})."
+                "chunk-unreachable", f"Chunk {wanted.digest.hex()} cannot be fetched ({reason})."
             )
 
     # In the background.
@@ -284,6 +248,11 @@ class ChunkFetcher:
         if image is None:
             return []
         missing = await self._missing(image, indexes)
+        if missing:
+            await trio.to_thread.run_sync(
+                self._room.obtain_blocking, sum(map(image.manifest.chunk_bytes, missing)),
+                limiter=self._room_limiter,
+            )  # fmt: skip
         for origin in image.origins:
             if not missing:
                 break
@@ -433,19 +402,6 @@ class ChunkFetcher:
         origins = origins_of(entry, manifest.size_bytes, self._client, self._timeout)
         return _Image(entry, manifest, origins)
 
-    async def _places(self, digest: bytes) -> list[tuple[_Image, int]]:
-        """Return where a chunk is found, images that serve single chunks first."""
-        found = []
-        for identifier in await trio.to_thread.run_sync(self._images.identifiers):
-            # looked at, not kept: there may be many, and each manifest is large
-            image = self._known.get(identifier) or await trio.to_thread.run_sync(
-                self._load, identifier
-            )
-            index = -1 if image is None else _find(image.manifest, digest)
-            if image is not None and index >= 0:
-                found.append((self._known.setdefault(identifier, image), index))
-        return sorted(found, key=lambda place: not place[0].origins)
-
     async def _missing(self, image: _Image, indexes: Sequence[int]) -> list[int]:
         def look() -> list[int]:
             chunks, manifest = self._images.chunks, image.manifest
@@ -461,18 +417,6 @@ class ChunkFetcher:
         return await trio.to_thread.run_sync(
             self._images.chunks.__contains__, digest, limiter=self._limiter
         )
-
-
-def _has(manifest: Manifest, index: int, digest: bytes) -> bool:
-    return index < manifest.chunk_count and manifest.digest(index) == digest
-
-
-def _find(manifest: Manifest, digest: bytes) -> int:
-    """Return the index of a chunk, -1 when the image has none such."""
-    start = manifest.digests.find(digest)
-    while start >= 0 and start % DIGEST_BYTES:
-        start = manifest.digests.find(digest, start + 1)
-    return start // DIGEST_BYTES if start >= 0 else -1
 
 
 def _runs(indexes: Sequence[int], run_max: int) -> Iterator[list[int]]:
@@ -493,9 +437,3 @@ def _distinct(image: _Image, indexes: Sequence[int]) -> list[int]:
     for index in indexes:
         first.setdefault(image.manifest.digest(index), index)
     return sorted(first.values())
-
-
-def _nowhere(what: str) -> NotVerified:
-    return NotVerified(
-        "chunk-missing", f"Chunk {what} is not in the store and no image has an origin for it."
-    )

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Collection
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.decompression import decompressed
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import (
+    NoSpace,
     NotFound,
     NotVerified,
     OriginFailed,
@@ -29,8 +30,10 @@ from stratocache.cache.errors import (
 )
 from stratocache.cache.images import Draft, ImageStore
 from stratocache.cache.ingestion import Batch, Consumer, chunks_of, chunks_of_sparse_file, ingest
+from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff, HttpOrigin, Progress, SizeLimit, open_file
-from stratocache.cache.space import Space, full_disk_is_no_space
+from stratocache.cache.room import CacheSpace, RoomMaker
+from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,26 @@ class FetchedImage:
     """Of the raw image, in hexadecimal."""
 
 
+class _CacheLimit:
+    """The most that all chunks together may have."""
+
+    def __init__(self, chunks: ChunkStore, max_bytes: int) -> None:
+        self._chunks = chunks
+        self._max_bytes = max_bytes
+
+    def require(self, size_bytes: int) -> None:
+        """Raise `NoSpace` when so many bytes more are too many."""
+        if not self._max_bytes:
+            return
+        used_bytes = self._chunks.statistics().size_bytes
+        if used_bytes + size_bytes > self._max_bytes:
+            raise NoSpace(
+                "no-space",
+                f"The cache has {used_bytes} bytes and may have {self._max_bytes}; {size_bytes} "
+                "more do not fit: remove images or raise cache.max_bytes.",
+            )
+
+
 class Fetcher:
     """Fetches images. The caller makes sure that one identifier is fetched once at a time."""
 
@@ -64,13 +87,21 @@ class Fetcher:
         self._image_bytes_max = configuration.fetch.max_image_bytes
         self._images = images
         self._chunks = chunks
-        self._space = Space(self._stages, configuration.space.reserve_bytes)
-        self._http = HttpOrigin(client, configuration.fetch, self._space, backoff or Backoff())
+        self._space = CacheSpace(self._stages, configuration.space.reserve_bytes)
+        self.chunk_space = CacheSpace(
+            self._stages,
+            configuration.space.reserve_bytes,
+            limit=_CacheLimit(chunks, configuration.cache.max_bytes).require,
+        )
+        self.http = HttpOrigin(client, configuration.fetch, self._space, backoff or Backoff())
         # Apart from trio's own limiter: hashing must not take the threads that guests' reads need.
         self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
 
-    async def fetch(self, entry: Entry, progress: Progress) -> FetchedImage:
-        """Download, verify and publish an entry's image; every location is tried in order.
+    async def fetch(
+        self, entry: Entry, progress: Progress, *, there: Manifest | None = None
+    ) -> FetchedImage:
+        """Download, verify and publish an entry's image; every location is tried in order. An
+        image that is `there` already must be the same.
 
         `progress(done, total)` counts the bytes of the source: of the download, or of the local
         file as it is read. On failure nothing is left; when cancelled the stage stays, so that a
@@ -88,7 +119,7 @@ class Fetcher:
         failures: list[tuple[str, StratocacheError]] = []
         for location in self._ordered(entry, stage):
             try:
-                return await self._fetch_from(location, entry, stage, progress)
+                return await self._fetch_from(location, entry, stage, progress, there)
             except (NotFound, Refused, OriginFailed, NotVerified) as error:
                 log.warning("image %s from %s: %s", entry.identifier, location, error)
                 failures.append((location, error))
@@ -98,12 +129,25 @@ class Fetcher:
                 raise
         raise _combined(entry, failures)
 
+    async def remake(self, entry: Entry) -> None:
+        """Fetch an image that is here again: chunks that are missing are stored, and its manifest
+        is published if it is damaged. For one identifier at a time, as `fetch`.
+
+        Raises as `fetch` does, and `NotVerified` (`image-differs`) when it is another image now.
+        """
+        there: Manifest | None = None
+        with suppress(NotFound, NotVerified):
+            there = await trio.to_thread.run_sync(self._images.manifest, entry.identifier)
+        await self.fetch(entry, _no_report, there=there)
+
     def discard(self, identifier: str) -> None:
         """Remove what a cancelled fetch left. Blocks."""
         self._stage(identifier).remove()
 
-    def sweep(self, keep: Collection[str]) -> None:
+    def sweep(self, keep: Collection[str], published: Collection[str] = ()) -> None:
         """Remove what a crash left: stages of identifiers not in `keep`, chunks of no image.
+
+        While a manifest of `published` is missing no chunk goes: it may need them.
 
         Blocks; for the start of the process. Raises `NoSpace`.
         """
@@ -114,7 +158,7 @@ class Fetcher:
                     shutil.rmtree(directory)
                 else:
                     directory.unlink()
-        removed = self._images.sweep()
+        removed = self._images.sweep(published)
         if removed:
             log.info("removed %d chunks that no image uses", removed)
         self._chunks.reconcile()
@@ -144,7 +188,7 @@ class Fetcher:
             )
 
     async def _fetch_from(
-        self, location: str, entry: Entry, stage: Stage, progress: Progress
+        self, location: str, entry: Entry, stage: Stage, progress: Progress, there: Manifest | None
     ) -> FetchedImage:
         if urlsplit(location).scheme == "file":
             with closing(await trio.to_thread.run_sync(open_file, location)) as file:
@@ -155,32 +199,37 @@ class Fetcher:
                 def read_progress(_: int) -> None:
                     progress(file.tell(), total)
 
-                return await self._make(file, entry, stage, read_progress)
-        continued = await self._http.download(location, stage, _limit(entry), progress)
+                return await self._make(file, entry, stage, read_progress, there)
+        continued = await self.http.download(location, stage, _limit(entry), progress)
         try:
-            return await self._make_from_stage(entry, stage)
+            return await self._make_from_stage(entry, stage, there)
         except NotVerified as error:
             if not continued:
                 raise
             # The parts may be of two files, or hurt by a power cut; the whole may still be right.
             log.warning("%s was continued and is not verified (%s); again", location, error)
         await trio.to_thread.run_sync(stage.remove)
-        await self._http.download(location, stage, _limit(entry), progress)
-        return await self._make_from_stage(entry, stage)
+        await self.http.download(location, stage, _limit(entry), progress)
+        return await self._make_from_stage(entry, stage, there)
 
-    async def _make_from_stage(self, entry: Entry, stage: Stage) -> FetchedImage:
+    async def _make_from_stage(
+        self, entry: Entry, stage: Stage, there: Manifest | None
+    ) -> FetchedImage:
         with stage.source.open("rb", buffering=0) as file:
-            return await self._make(file, entry, stage, _no_progress)
+            return await self._make(file, entry, stage, _no_progress, there)
 
     async def _make(
-        self, source: BinaryIO, entry: Entry, stage: Stage, progress: Callable[[int], None]
-    ) -> FetchedImage:
+        self, source: BinaryIO, entry: Entry, stage: Stage, progress: Callable[[int], None],
+        there: Manifest | None,
+    ) -> FetchedImage:  # fmt: skip
         """Verify the source, cut the image into chunks, publish it, remove the stage."""
         draft = self._images.begin()
         try:
             make = self._from_raw if entry.format == "raw" else self._from_qcow2
             sha256 = await make(source, entry, stage, draft, progress)
             manifest = draft.manifest()
+            if there is not None and there != manifest:
+                raise _other_image(entry)
             await trio.to_thread.run_sync(self._images.publish, entry.identifier, manifest)
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -195,7 +244,9 @@ class Fetcher:
         self, source: BinaryIO, entry: Entry, stage: Stage, draft: Draft,
         progress: Callable[[int], None],
     ) -> str:  # fmt: skip
-        digests = await self._verified(source, entry, self._guarded(draft.add), progress)
+        digests = await self._verified(
+            source, entry, self._guarded(draft.add, self.chunk_space), progress
+        )
         return digests["sha256"]
 
     async def _from_qcow2(
@@ -215,7 +266,7 @@ class Fetcher:
             stage.container, stage.image, size_bytes=size_bytes, space=self._space
         )
         _, digests = await ingest(
-            chunks_of_sparse_file(stage.image), self._guarded(draft.add), ["sha256"],
+            chunks_of_sparse_file(stage.image), self._guarded(draft.add, self.chunk_space), ["sha256"],
             limiter=self._limiter, progress=_no_progress,
         )  # fmt: skip
         return digests["sha256"]
@@ -244,15 +295,29 @@ class Fetcher:
                 )
         return digests
 
-    def _guarded(self, sink: Callable[[Batch], object]) -> Consumer:
+    def set_room(self, room: RoomMaker) -> None:
+        """From now on let somebody make room for what does not fit."""
+        self._space.room = self.chunk_space.room = room
+
+    def _guarded(
+        self, sink: Callable[[Batch], object], space: CacheSpace | None = None
+    ) -> Consumer:
         """Return a sink that leaves the reserve alone and names a full disk."""
+        space = space or self._space
 
         def guarded(batch: Batch) -> None:
-            self._space.require(sum(map(len, batch)))
+            space.obtain_blocking(sum(map(len, batch)))
             with full_disk_is_no_space(self._stages):
                 sink(batch)
 
         return guarded
+
+
+def _other_image(entry: Entry) -> NotVerified:
+    return NotVerified(
+        "image-differs",
+        f"What was fetched again as {entry.identifier} is another image than the one that is here.",
+    )
 
 
 def _limit(entry: Entry) -> SizeLimit:
@@ -300,3 +365,7 @@ def _combined(entry: Entry, failures: list[tuple[str, StratocacheError]]) -> Str
 
 def _no_progress(_: int) -> None:
     """Count nothing: the source has been counted already."""
+
+
+def _no_report(_done: int, _total: int | None) -> None:
+    """Count nothing: nobody asked."""

@@ -8,14 +8,17 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import trio
 
+from stratocache.cache import seals
 from stratocache.cache.chunks import (
     CHUNK_BYTES,
     DIGEST_BYTES,
@@ -23,60 +26,48 @@ from stratocache.cache.chunks import (
     ChunkStore,
     zero_digest,
 )
-from stratocache.cache.errors import InvalidInput, NotFound, NotVerified, StratocacheError
+from stratocache.cache.errors import (
+    InvalidInput,
+    NotFound,
+    NotVerified,
+    StratocacheError,
+    Unreachable,
+)
 from stratocache.cache.manifest import Manifest, fsync_directory
 from stratocache.cache.space import full_disk_is_no_space
 
 log = logging.getLogger(__name__)
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SUFFIX = ".caibx"
-_IMAGE_BYTES_MAX = 64 * 1024**4
-"""No manifest of ours describes more; it bounds the memory that a damaged file can claim."""
+MANIFEST_FAULTS = frozenset({"manifest-invalid", "image-not-found"})
+"""Codes of what `ImageStore.reader` raises when the manifest may be had again."""
+_OPENINGS_MAX = 3
+"""How often a chunk is mended for one read before the read fails."""
 _SWEEP_SHARDS = 16
 _READ_AHEAD_CHUNKS = 4
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 
 
 class Supplier(Protocol):
-    """Brings chunks that are named by a manifest and not in the store; belongs to the trio loop."""
+    """Brings what a manifest names and is not in the store, and manifests that are damaged or gone;
+    belongs to the trio loop."""
 
     async def supply(self, name: str, index: int, digest: bytes) -> None:
         """Return when chunk `index` of the manifest `name` is in the store, else raise why not."""
 
+    async def supply_manifest(self, name: str) -> None:
+        """Return when the manifest `name` can be read again, else raise why not."""
+
     def waited(self, name: str, wait_s: float) -> None:
         """Take note that the running task waited for a chunk of the manifest `name`."""
-
-
-class LateSupplier:
-    """Stands for a supplier that is still to come: whoever needs a chunk waits for it."""
-
-    def __init__(self) -> None:
-        self._come = trio.Event()
-        self._supplier: Supplier | None = None
-
-    def put(self, supplier: Supplier) -> None:
-        """Let all who wait, and those after them, ask the real one."""
-        self._supplier = supplier
-        self._come.set()
-
-    async def supply(self, name: str, index: int, digest: bytes) -> None:
-        """See `Supplier`."""
-        await self._come.wait()
-        assert self._supplier is not None
-        await self._supplier.supply(name, index, digest)
-
-    def waited(self, name: str, wait_s: float) -> None:
-        """See `Supplier`."""
-        if self._supplier is not None:
-            self._supplier.waited(name, wait_s)
 
 
 class ImageReader:
     """Reads one published image. Shared by all who read it; made by `ImageStore.reader`.
 
     `read_nowait` never blocks but on the page cache and belongs to the event loop's thread; `read`
-    is its asynchronous completion. Data races: none, an image never changes.
+    is its asynchronous completion. Data races: none, an image never changes. A file that changes
+    beneath us does: what was read from it is dropped, and the chunk is hashed again.
     """
 
     trace: Callable[[int, int], None] | None = None
@@ -111,24 +102,12 @@ class ImageReader:
         return None if digest is None else self._chunks.path(digest)
 
     def open_chunk(self, index: int) -> ChunkDescriptor | None:
-        """Return a descriptor of a verified chunk, None for zeros; blocks.
-
-        A chunk that is not here is fetched, if the calling thread is one of trio's. Raises
-        `NotVerified` (`chunk-missing`, `chunk-corrupt`) and what the `Supplier` raises.
-        """
+        """Return a descriptor of a verified chunk, None for zeros; blocks, while it is mended too.
+        Raises `NotVerified` (`chunk-missing`, `chunk-corrupt`) and what mending raises."""
         digest = self.chunk(index)
         if digest is None:
             return None
-        try:
-            return self._chunks.open(digest)
-        except NotVerified as missing:
-            if self._gate.supplier is None:
-                raise
-            try:
-                trio.from_thread.run(self._gate.open, digest, self.name, index)
-            except RuntimeError:  # not a thread of trio's: nobody can fetch it
-                raise missing from None
-        return self._chunks.open(digest)
+        return self._gate.open_blocking(digest, self.name, index)
 
     def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
         """Return bytes of the image, short at its end, or None when a chunk is not open yet."""
@@ -148,7 +127,17 @@ class ImageReader:
             return None
         if start == 0:
             self._read_ahead(index)
-        return _read_exactly(descriptor, size, start)
+        return self._pread(digest, descriptor, size, start)
+
+    def _pread(
+        self, digest: bytes, descriptor: ChunkDescriptor, size: int, start: int
+    ) -> bytes | None:
+        """Return bytes of a chunk, None when its file is no longer what was hashed."""
+        data = os.pread(descriptor, size, start)
+        if len(data) == size and descriptor.is_intact():
+            return data
+        self._chunks.distrust(digest)
+        return None
 
     def _read_ahead(self, index: int) -> None:
         """Ask the kernel for the chunks behind one: its own read-ahead ends with each file."""
@@ -170,14 +159,20 @@ class ImageReader:
                 descriptor = self._chunks.opened(digest)
                 if descriptor is None:
                     return None
-                _fill(descriptor, view[piece_offset - offset :][:piece_size], start)
+                piece = view[piece_offset - offset :][:piece_size]
+                if (
+                    os.preadv(descriptor, [piece], start) != piece_size
+                    or not descriptor.is_intact()
+                ):
+                    self._chunks.distrust(digest)
+                    return None
         return data
 
     async def read(self, offset: int, size: int) -> bytes | bytearray:
         """Return bytes of the image, short at its end; chunks are opened and verified in a thread.
 
-        A chunk that many ask for is opened once, and fetched once when it is not here. Raises
-        `NotVerified` (`chunk-missing`, `chunk-corrupt`) and what the `Supplier` raises.
+        A chunk that many ask for is opened once; one that is damaged or not here comes meanwhile,
+        once. Raises `NotVerified` (`chunk-missing`, `chunk-corrupt`) and what the `Supplier` raises.
         """
         data = self.read_nowait(offset, size)
         if data is not None:
@@ -185,7 +180,10 @@ class ImageReader:
             return data
         size = min(size, self.size_bytes - offset)
         await self._open_all(range(offset // CHUNK_BYTES, -(-(offset + size) // CHUNK_BYTES)))
-        return await trio.to_thread.run_sync(self.read_blocking, offset, size)
+        pieces = []
+        for piece_offset, piece_size in _pieces(offset, size):
+            pieces.append(await self._read_piece(piece_offset, piece_size))
+        return b"".join(pieces)
 
     async def _open_all(self, indexes: range) -> None:
         """Open chunks side by side; the first failure is raised bare, not in a group."""
@@ -205,6 +203,18 @@ class ImageReader:
         if failures:
             raise failures[0]
 
+    async def _read_piece(self, offset: int, size: int) -> bytes:
+        index, start = divmod(offset, CHUNK_BYTES)
+        digest = self.chunk(index)
+        if digest is None:
+            return bytes(size)
+        for _ in range(_OPENINGS_MAX):
+            descriptor = await self._gate.open(digest, self.name, index)
+            data = await trio.to_thread.run_sync(self._pread, digest, descriptor, size, start)
+            if data is not None:
+                return data
+        raise _unsteady(digest)
+
     def read_blocking(self, offset: int, size: int) -> bytes:
         """Return bytes of the image, short at its end, from any thread; opens what is not open.
 
@@ -212,13 +222,20 @@ class ImageReader:
         """
         pieces = []
         for piece_offset, piece_size in _pieces(offset, min(size, self.size_bytes - offset)):
-            index, start = divmod(piece_offset, CHUNK_BYTES)
-            descriptor = self.open_chunk(index)
-            if descriptor is None:
-                pieces.append(bytes(piece_size))
-            else:
-                pieces.append(_read_exactly(descriptor, piece_size, start))
+            pieces.append(self._read_piece_blocking(piece_offset, piece_size))
         return b"".join(pieces)
+
+    def _read_piece_blocking(self, offset: int, size: int) -> bytes:
+        index, start = divmod(offset, CHUNK_BYTES)
+        digest = self.chunk(index)
+        if digest is None:
+            return bytes(size)
+        for _ in range(_OPENINGS_MAX):
+            descriptor = self._gate.open_blocking(digest, self.name, index)
+            data = self._pread(digest, descriptor, size, start)
+            if data is not None:
+                return data
+        raise _unsteady(digest)
 
 
 class _Opening:
@@ -234,33 +251,38 @@ class _Opening:
 class OpeningGate:
     """Opens and verifies chunks in threads, each once however many tasks wait for it.
 
-    One that is missing, or was moved to quarantine, is asked of the `supplier`, if there is one.
+    What is missing, or was moved to quarantine, is asked of the `supplier`, if there is one; `token`
+    is of the supplier's loop.
     """
 
     def __init__(self, chunks: ChunkStore) -> None:
         self.supplier: Supplier | None = None
         self._chunks = chunks
         self._opening: dict[bytes, _Opening] = {}
+        self.token: trio.lowlevel.TrioToken | None = None
+        self.coming: trio.Event | None = None
+        """Set when the supplier that is expected is there; None = none is expected."""
 
-    async def open(self, digest: bytes, name: str, index: int) -> None:
-        """Return once a chunk has been opened: chunk `index` of the manifest `name`.
+    async def open(self, digest: bytes, name: str, index: int) -> ChunkDescriptor:
+        """Return the descriptor of a chunk: chunk `index` of the manifest `name`.
 
         Raises what `ChunkStore.open` and the supplier do.
         """
-        while self._chunks.opened(digest) is None:
+        while True:
+            descriptor = self._chunks.opened(digest)
+            if descriptor is not None:
+                return descriptor
             opening = self._opening.get(digest)
             mine = opening is None
             if opening is None:
                 opening = self._opening[digest] = _Opening()
             started = trio.current_time()
             try:
-                if not mine:
-                    await opening.ended.wait()
-                    if opening.error is not None:
-                        raise opening.error
-                    continue
-                await self._open(opening, digest, name, index)
-                return
+                if mine:
+                    return await self._open(opening, digest, name, index)
+                await opening.ended.wait()
+                if opening.error is not None:
+                    raise opening.error
             finally:
                 if mine:
                     del self._opening[digest]
@@ -268,19 +290,66 @@ class OpeningGate:
                 if opening.remote and self.supplier is not None:
                     self.supplier.waited(name, trio.current_time() - started)
 
-    async def _open(self, opening: _Opening, digest: bytes, name: str, index: int) -> None:
+    async def _open(
+        self, opening: _Opening, digest: bytes, name: str, index: int
+    ) -> ChunkDescriptor:
         try:
-            await trio.to_thread.run_sync(self._chunks.open, digest)
-        except NotVerified:
-            if self.supplier is None:
-                raise
-            opening.remote = True
-            try:
-                await self.supplier.supply(name, index, digest)
-                await trio.to_thread.run_sync(self._chunks.open, digest)
-            except (StratocacheError, OSError) as error:
+            for _ in range(_OPENINGS_MAX):
+                try:
+                    return await trio.to_thread.run_sync(self._chunks.open, digest)
+                except NotVerified:
+                    if not self.supplies:
+                        raise
+                opening.remote = True
+                await (await self._expected()).supply(name, index, digest)
+            return await trio.to_thread.run_sync(self._chunks.open, digest)
+        except (StratocacheError, OSError) as error:
+            if opening.remote:
                 opening.error = error
-                raise
+            raise
+
+    @property
+    def supplies(self) -> bool:
+        """Whether there is a supplier, or one is expected."""
+        return self.supplier is not None or self.coming is not None
+
+    async def _expected(self) -> Supplier:
+        if self.coming is not None:
+            await self.coming.wait()
+        assert self.supplier is not None
+        return self.supplier
+
+    async def supply_manifest(self, name: str) -> None:
+        """Let the supplier bring a manifest, as soon as it is there."""
+        await (await self._expected()).supply_manifest(name)
+
+    def open_blocking(self, digest: bytes, name: str, index: int) -> ChunkDescriptor:
+        """Do what `open` does, from a thread that is not the loop's."""
+        for _ in range(_OPENINGS_MAX):
+            try:
+                return self._chunks.open(digest)
+            except NotVerified:
+                if not self.supplies:
+                    raise
+            self.wait_for(self.open, digest, name, index)
+        return self._chunks.open(digest)
+
+    def wait_for(self, mend: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        """Let the supplier's loop do something, and wait for it; raises what that raises."""
+        try:
+            trio.from_thread.run(_beside, mend, *arguments, trio_token=self.token)
+        except (trio.RunFinishedError, trio.Cancelled):
+            raise Unreachable("stopping", "The daemon is stopping; try again.") from None
+
+
+async def _beside(mend: Callable[..., Awaitable[object]], *arguments: object) -> None:
+    """Mend on behalf of a thread that waits, which must not keep others from having a thread."""
+    limiter = trio.to_thread.current_default_thread_limiter()
+    limiter.total_tokens += 1
+    try:
+        await mend(*arguments)
+    finally:
+        limiter.total_tokens -= 1
 
 
 class Draft:
@@ -325,8 +394,10 @@ class ImageStore:
 
     def __init__(self, state_dir: Path, chunks: ChunkStore) -> None:
         self.chunks = chunks
+        self._state_dir = state_dir
         self._directory = state_dir / "manifests"
         self._directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._quarantine = state_dir / "quarantine"
         self._gate = OpeningGate(chunks)
         self._lock = threading.Lock()
         self._drafts: list[Draft] = []
@@ -343,21 +414,21 @@ class ImageStore:
                 f"{identifier[:80]!r} is not an image identifier: letters, digits, - and _ only.",
                 field="identifier",
             )
-        return self._directory / f"{identifier}{_SUFFIX}"
+        return seals.manifest_path(self._state_dir, identifier)
 
     def identifiers(self) -> list[str]:
         """Return the identifiers of all published images, sorted."""
         return sorted(
-            path.name.removesuffix(_SUFFIX)
+            path.name.removesuffix(seals.SUFFIX)
             for path in self._directory.iterdir()
-            if path.name.endswith(_SUFFIX) and not path.name.startswith(".")
+            if path.name.endswith(seals.SUFFIX) and not path.name.startswith(".")
         )
 
     def manifest(self, identifier: str) -> Manifest:
         """Read an image's manifest. Raises `NotFound` (`image-not-found`), `NotVerified`."""
         try:
-            path = self.manifest_path(identifier)
-            return Manifest.read(path, image_bytes_max=_IMAGE_BYTES_MAX)
+            self.manifest_path(identifier)
+            return seals.read_manifest(self._state_dir, identifier)
         except FileNotFoundError:
             raise NotFound(
                 "image-not-found", f"No image {identifier} is in the cache; fetch it first."
@@ -376,9 +447,65 @@ class ImageStore:
                 reader = self._readers.setdefault(identifier, made)
         return reader
 
+    def expect_supplier(self) -> None:
+        """Let whoever cannot read something wait for the supplier, which will be set in this loop."""
+        self._gate.coming = trio.Event()
+        self._gate.token = trio.lowlevel.current_trio_token()
+
     def set_supplier(self, supplier: Supplier) -> None:
-        """Let readers ask for chunks that are not in the store, from now on."""
+        """Let readers ask for what cannot be read, from now on; call it in the supplier's loop."""
         self._gate.supplier = supplier
+        self._gate.token = trio.lowlevel.current_trio_token()
+        if self._gate.coming is not None:
+            self._gate.coming.set()
+
+    def mended_reader(self, identifier: str) -> ImageReader:
+        """Return the reader of an image whose manifest may have to be mended first; blocks."""
+        for _ in range(_OPENINGS_MAX):
+            try:
+                return self.reader(identifier)
+            except StratocacheError as error:
+                if not self._gate.supplies or error.code not in MANIFEST_FAULTS:
+                    raise
+            self._gate.wait_for(self._gate.supply_manifest, identifier)
+        return self.reader(identifier)
+
+    async def open_reader(self, identifier: str) -> ImageReader:
+        """Do what `mended_reader` does without holding a thread while the manifest is mended."""
+        for _ in range(_OPENINGS_MAX):
+            try:
+                return await trio.to_thread.run_sync(self.reader, identifier)
+            except StratocacheError as error:
+                if not self._gate.supplies or error.code not in MANIFEST_FAULTS:
+                    raise
+            await self._gate.supply_manifest(identifier)
+        return await trio.to_thread.run_sync(self.reader, identifier)
+
+    def remembered_manifest(self, identifier: str) -> Manifest | None:
+        """Return the manifest that an open reader has, which was whole when it was read."""
+        with self._lock:
+            reader = self._readers.get(identifier)
+        return None if reader is None else reader.manifest
+
+    def copy_to_quarantine(self, identifier: str) -> None:
+        """Keep a damaged manifest for whoever looks into it; absent is fine.
+
+        It stays where it is: while a manifest cannot be read no chunk is removed.
+        """
+        self._quarantine.mkdir(mode=0o750, exist_ok=True)
+        path = self.manifest_path(identifier)
+        with suppress(FileNotFoundError):
+            shutil.copyfile(path, self._quarantine / path.name)
+
+    def uses(self, digest: bytes) -> list[tuple[str, int]]:
+        """Return where a chunk is used: images by identifier, each with the first index there."""
+        found = []
+        for identifier in self.identifiers():
+            with suppress(NotFound, NotVerified):
+                index = self.manifest(identifier).index_of(digest)
+                if index is not None:
+                    found.append((identifier, index))
+        return found
 
     def begin(self) -> Draft:
         """Start a draft; end it by `finish` or `abandon`."""
@@ -389,12 +516,14 @@ class ImageStore:
 
     def publish(self, identifier: str, manifest: Manifest) -> None:
         """Make an image exist: chunks durable first, then its manifest. Raises `NoSpace`."""
-        path = self.manifest_path(identifier)
+        self.manifest_path(identifier)  # refuses what is no file name
         with full_disk_is_no_space(self._directory):
             self.chunks.sync()
-            manifest.write(path)
+            seals.write_manifest(self._state_dir, identifier, manifest)
         with self._lock:
-            self._readers.pop(identifier, None)
+            reader = self._readers.get(identifier)
+            if reader is not None and reader.manifest != manifest:
+                del self._readers[identifier]
 
     def finish(self, draft: Draft) -> None:
         """Forget a draft whose manifest has been published."""
@@ -419,6 +548,7 @@ class ImageStore:
             candidates = set()
         self.manifest_path(identifier).unlink(missing_ok=True)
         fsync_directory(self._directory)
+        seals.remove(self._state_dir, identifier)
         with self._lock:
             self._readers.pop(identifier, None)
         self._remove_unused(candidates)
@@ -437,19 +567,37 @@ class ImageStore:
                 self.chunks.quarantine(digest)
         return len(candidates)
 
-    def sweep(self) -> int:
+    def sweep(self, published: Collection[str] = ()) -> int:
         """Remove what a crash left: half-written manifests and chunks of no image.
+
+        No chunk goes while a manifest that was published is missing: it may be one of its.
 
         Returns how many chunks went. Memory is a sixteenth of the digests of all images.
         """
         for leftover in self._directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
+        self._sweep_seals()
+        missing = set(published).difference(self.identifiers())
+        if missing:
+            log.error("no chunk is removed while manifests are missing: %s", sorted(missing))
+            return 0
         removed = 0
         for shard in range(_SWEEP_SHARDS):
             first_bytes = range(shard * 256 // _SWEEP_SHARDS, (shard + 1) * 256 // _SWEEP_SHARDS)
             candidates = {digest for byte in first_bytes for digest in self.chunks.digests(byte)}
             removed += self._remove_unused(candidates)
         return removed
+
+    def _sweep_seals(self) -> None:
+        """Seal what an older version left without, remove seals of nothing."""
+        there = set(self.identifiers())
+        directory = self._state_dir / "seals"
+        for path in directory.iterdir() if directory.exists() else ():
+            if path.name not in there:  # a manifest that is made again has a new one
+                path.unlink(missing_ok=True)
+        for identifier in there:
+            with suppress(NotVerified, FileNotFoundError):
+                seals.adopt(self._state_dir, identifier)
 
     def _remove_unused(self, candidates: set[bytes]) -> int:
         if not candidates:
@@ -483,17 +631,8 @@ def _pieces(offset: int, size: int) -> Iterator[tuple[int, int]]:
         offset += piece
 
 
-def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise _shortened()
-    return data
-
-
-def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
-    if os.preadv(descriptor, [buffer], offset) != len(buffer):
-        raise _shortened()
-
-
-def _shortened() -> NotVerified:
-    return NotVerified("chunk-corrupt", "A chunk's file was shortened; check the disk.")
+def _unsteady(digest: bytes) -> NotVerified:
+    return NotVerified(
+        "chunk-corrupt",
+        f"The file of chunk {digest.hex()} changes again and again; see what writes to it.",
+    )

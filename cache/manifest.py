@@ -33,7 +33,6 @@ _TABLE_HEADER_BYTES = 16
 _ITEM = struct.Struct("<Q32s")
 _TAIL = struct.Struct("<5Q")
 _FRAME_BYTES = len(_HEADER) + _TAIL.size
-_WRITE_ITEMS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,13 @@ class Manifest:
         """Tell whether chunk `index` is all zero bytes, which no store holds."""
         return self.digest(index) == zero_digest(self.chunk_bytes(index))
 
+    def index_of(self, digest: bytes) -> int | None:
+        """Return the first index of a chunk, None when the image has none such."""
+        start = self.digests.find(digest)
+        while start >= 0 and start % DIGEST_BYTES:
+            start = self.digests.find(digest, start + 1)
+        return start // DIGEST_BYTES if start >= 0 else None
+
     def stored(self) -> Iterator[bytes]:
         """Yield the digest of every chunk that a store must hold, in order, repeats included."""
         zero = zero_digest(CHUNK_BYTES)
@@ -83,12 +89,7 @@ class Manifest:
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             with temporary.open("wb") as file:
-                file.write(_HEADER)
-                for start in range(0, self.chunk_count, _WRITE_ITEMS):
-                    stop = min(start + _WRITE_ITEMS, self.chunk_count)
-                    file.write(b"".join(self._item(index) for index in range(start, stop)))
-                table_bytes = _TABLE_HEADER_BYTES + self.chunk_count * _ITEM.size + _TAIL.size
-                file.write(_TAIL.pack(0, 0, 48, table_bytes, _TAIL_MAGIC))
+                file.write(self.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
@@ -96,6 +97,15 @@ class Manifest:
             temporary.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the `.caibx` file."""
+        content = bytearray(_HEADER)
+        for index in range(self.chunk_count):
+            content += self._item(index)
+        table_bytes = _TABLE_HEADER_BYTES + self.chunk_count * _ITEM.size + _TAIL.size
+        content += _TAIL.pack(0, 0, 48, table_bytes, _TAIL_MAGIC)
+        return bytes(content)
 
     def _item(self, index: int) -> bytes:
         end = min((index + 1) * CHUNK_BYTES, self.size_bytes)
@@ -108,13 +118,18 @@ class Manifest:
         The file is untrusted: its size is judged before memory is taken. Raises `NotVerified`
         (`manifest-invalid`) naming the first fault, and `FileNotFoundError`.
         """
+        return cls.load(path, image_bytes_max=image_bytes_max)[0]
+
+    @classmethod
+    def load(cls, path: Path, *, image_bytes_max: int) -> "tuple[Manifest, bytes]":
+        """Return a `.caibx` file as `read` does, and its content."""
         file_bytes_max = index_bytes(image_bytes_max)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > file_bytes_max:
                 raise _invalid(str(path), f"{size} bytes are more than an image may need")
             content = file.read(size + 1)
-        return cls.parse(content, str(path), image_bytes_max=image_bytes_max)
+        return cls.parse(content, str(path), image_bytes_max=image_bytes_max), content
 
     @classmethod
     def parse(cls, content: bytes, name: str, *, image_bytes_max: int) -> "Manifest":

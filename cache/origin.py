@@ -21,7 +21,8 @@ import trio
 
 from stratocache.cache.configuration import FetchSettings
 from stratocache.cache.errors import NotFound, NotVerified, OriginFailed, Refused, StratocacheError
-from stratocache.cache.space import Space, full_disk_is_no_space
+from stratocache.cache.room import CacheSpace
+from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Source, Stage
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,11 @@ class HttpOrigin:
     """Downloads from HTTP(S) locations into stages."""
 
     def __init__(
-        self, client: httpx.AsyncClient, settings: FetchSettings, space: Space, backoff: Backoff
+        self,
+        client: httpx.AsyncClient,
+        settings: FetchSettings,
+        space: CacheSpace,
+        backoff: Backoff,
     ) -> None:
         self._client = client
         self._attempts = settings.attempts
@@ -140,7 +145,7 @@ class HttpOrigin:
                     await trio.to_thread.run_sync(_restart, stage, begun)
                 if begun.length_bytes is not None:
                     limit.judge(begun.length_bytes, total=True)
-                    self._space.require(begun.length_bytes - offset)
+                    await self._space.obtain(begun.length_bytes - offset)
                 await self._receive(response, stage, begun, offset, limit, progress)
         except ERRORS_THAT_PASS as error:
             raise _Passing(f"The connection failed: {_describe(error)}") from None
@@ -185,7 +190,7 @@ class HttpOrigin:
 
     async def _append(self, stage: Stage, buffer: bytearray) -> None:
         def append() -> None:
-            self._space.require(len(buffer))
+            self._space.obtain_blocking(len(buffer))
             with full_disk_is_no_space(stage.directory), stage.source.open("ab") as file:
                 file.write(buffer)
 

@@ -3,7 +3,7 @@
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +13,22 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Space:
-    """The free space of one file system, less a reserve that is not ours to take."""
+    """The free space of one file system, less a reserve that is not ours to take.
 
-    def __init__(self, directory: Path, reserve_bytes: int) -> None:
+    A `limit` is asked besides whether so many bytes may be added to the cache.
+    """
+
+    def __init__(
+        self, directory: Path, reserve_bytes: int, *, limit: Callable[[int], None] | None = None
+    ) -> None:
         self._directory = directory
         self._reserve_bytes = reserve_bytes
+        self._limit = limit
 
     def require(self, size_bytes: int) -> None:
         """Raise `NoSpace` (`no-space`) unless `size_bytes` fit beside the reserve."""
+        if self._limit is not None:
+            self._limit(size_bytes)
         status = os.statvfs(self._directory)
         free_bytes = status.f_bavail * status.f_frsize
         if free_bytes < size_bytes + self._reserve_bytes:

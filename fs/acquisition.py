@@ -7,8 +7,8 @@ is kept as long as an operation that may want it is open (`tidy`).
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -22,7 +22,6 @@ from stratocache.cache.errors import (
     Conflict,
     Internal,
     NotFound,
-    NotVerified,
     StratocacheError,
 )
 from stratocache.cache.fetch import FetchedImage, Fetcher
@@ -30,12 +29,15 @@ from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory
-from stratocache.fs.manifests import named_manifests
-from stratocache.fs.provisional import ProvisionalImages
+from stratocache.fs.manifests import named_manifests, published_manifests
+from stratocache.fs.provisional import ProvisionalImages, rejected
 from stratocache.fs.records import SERVABLE, Image
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)
+
+_GOING_TIMEOUT_S = 60.0
+_GOING_POLL_S = 0.05
 
 Report = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all (None = not known)."""
@@ -82,32 +84,67 @@ class Acquisition:
         self._nursery = nursery
         self._flights: dict[str, _Flight] = {}
         self._slots = trio.CapacityLimiter(configuration.fetch.max_parallel)
+        self._holds: list[set[str]] = []
 
-    async def acquire(self, text: str, report: Report, *, complete: bool = False) -> Image:
+    @contextmanager
+    def holding(self) -> Iterator[set[str]]:
+        """Yield a set; images whose ids are in it are not evicted during the block."""
+        hold: set[str] = set()
+        self._holds.append(hold)
+        try:
+            yield hold
+        finally:
+            self._holds = [other for other in self._holds if other is not hold]
+
+    def held(self) -> set[str]:
+        """Return the ids of the images that operations under way are about to use."""
+        return set().union(*self._holds)
+
+    async def acquire(
+        self, text: str, report: Report, hold: set[str], *, complete: bool = False
+    ) -> Image:
         """Return the image that a reference means, fetching it when it is not here.
 
         It is verified; unless `complete` it may also be provisional, and then its chunks are
-        verified one by one. A cached image is judged again by its stored entry, without its
-        catalogue; one that was made on this host (`local:ID`, or its id alone) needs no judgement.
-        Raises what resolving, judging or fetching raises, and `NotVerified` (`image-rejected`).
+        verified one by one. From before it is looked for until `hold` ends nobody here evicts it.
+
+        A cached image is judged again by its stored entry, without its catalogue; one that was
+        made on this host (`local:ID`, or its id alone) needs no judgement. Raises what resolving,
+        judging or fetching raises, and `NotVerified` (`image-rejected`).
         """
+        hold.add(self._reference(text).path)
         cached = self.cached(text)
         if cached is not None:
             entry = cached.entry
         else:
             entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
+        hold.add(entry.identifier)
+        seen = cached is not None
         while True:
             image = inventory.find_image(self._db, entry.identifier)
             if image is not None and image.state == "provisional" and complete:
+                seen = True  # whoever deletes it from now on means it
                 await self._provisional.wait(image.id, report)
             elif image is not None and image.state in SERVABLE:
                 return image
+            elif image is not None and image.state == "deleting" and not seen:
+                await self._wait_until_gone(image.id)
             elif image is not None and image.state != "fetching":
                 raise _unusable(image)
-            elif cached is not None:
+            elif seen:
                 raise Conflict("image-busy", f"Image {entry.identifier} was deleted; try again.")
             else:
                 await self._wait_for_flight(entry, report, complete=complete)
+
+    async def _wait_until_gone(self, image_id: str) -> None:
+        """Wait while an image is being deleted or evicted; raises `Conflict` (`image-busy`)."""
+        with trio.move_on_after(_GOING_TIMEOUT_S):
+            while True:
+                image = inventory.find_image(self._db, image_id)
+                if image is None or image.state != "deleting":
+                    return
+                await trio.sleep(_GOING_POLL_S)
+        raise Conflict("image-busy", f"Image {image_id} is being deleted; try again.")
 
     def cached(self, text: str) -> Image | None:
         """Return the image that a reference means, judged again; None if it cannot be used yet.
@@ -119,15 +156,14 @@ class Acquisition:
             self._catalogues.recheck(image.entry, now=datetime.now(UTC))
         return image
 
+    def _reference(self, text: str) -> Reference:
+        catalogues = self._configuration.catalogues
+        endpoints = {name: item.endpoint for name, item in catalogues.items()}
+        default = self._configuration.default_catalogue
+        return parse(text, default, {LOCAL_CATALOGUE: "", **endpoints})
+
     def _find(self, text: str) -> Image | None:
-        reference = parse(
-            text,
-            self._configuration.default_catalogue,
-            {
-                LOCAL_CATALOGUE: "",
-                **{name: item.endpoint for name, item in self._configuration.catalogues.items()},
-            },
-        )
+        reference = self._reference(text)
         if not is_identifier(reference.path):
             return None
         image = inventory.find_image(self._db, reference.path)
@@ -256,15 +292,13 @@ class Acquisition:
         named = named_manifests(self._db)
         for identifier in set(self._images.identifiers()) - named:
             self._images.remove(identifier)
-        self._fetcher.sweep({image.id for image in inventory.images(self._db)})
+        fetching = {image.id for image in inventory.images(self._db) if image.state == "fetching"}
+        self._fetcher.sweep(fetching, published_manifests(self._db))
 
 
 def _unusable(image: Image) -> StratocacheError:
     if image.state == "rejected":
-        return NotVerified(
-            "image-rejected",
-            f"Image {image.id} is not what its endorser promised; delete it to fetch it again.",
-        )
+        return rejected(image)
     return Conflict("image-busy", f"Image {image.id} is {image.state}; try again.")
 
 

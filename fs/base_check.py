@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stratocache.cache import seals
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.manifest import Manifest
 from stratocache.fs.disk_repair import Finding
 
-_IMAGE_BYTES_MAX = 64 * 1024**4
 _NAMED_MAX = 3
 
 
@@ -43,7 +43,7 @@ class Bases:
         for name, users in sorted(self.users.items()):
             path = self.state_dir / "manifests" / f"{name}.caibx"
             try:
-                manifest = Manifest.read(path, image_bytes_max=_IMAGE_BYTES_MAX)
+                manifest = seals.read_manifest(self.state_dir, name)
             except FileNotFoundError:
                 yield Finding(
                     "base-missing", name, f"{path} is missing; {_needed(users)}: restore it."
@@ -57,9 +57,8 @@ class Bases:
     def _awaited(self) -> set[bytes]:
         found: set[bytes] = set()
         for name in self.incomplete:
-            path = self.state_dir / "manifests" / f"{name}.caibx"
             with suppress(FileNotFoundError, NotVerified):
-                found.update(Manifest.read(path, image_bytes_max=_IMAGE_BYTES_MAX).stored())
+                found.update(seals.read_manifest(self.state_dir, name).stored())
         return found
 
     def _check_chunks(

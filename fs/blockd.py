@@ -19,7 +19,7 @@ import trio
 
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.images import ImageStore, LateSupplier
+from stratocache.cache.images import ImageStore
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.fuse_connection import serve_inherited
@@ -70,13 +70,12 @@ class Blockd:
         with PokeListener(self._configuration.poke_socket) as pokes:
             async with trio.open_nursery() as nursery:
                 # before the first request: the one that a process died of is repeated at once
-                supplier = LateSupplier()
-                self._images.set_supplier(supplier)
+                self._images.expect_supplier()
                 await nursery.start(self._serve, fuse_fd, nursery.cancel_scope)
                 os.write(ready_fd, b"R")
                 os.close(ready_fd)
                 nursery.start_soon(self._stop_on_signal, nursery)
-                await self._keep_house(pokes, nursery, supplier)
+                await self._keep_house(pokes, nursery)
         await self.blocks.aclose()
         self._chunks.close()
         self._db.close()
@@ -100,16 +99,13 @@ class Blockd:
                 log.info("stopping")
                 nursery.cancel_scope.cancel()
 
-    async def _keep_house(
-        self, pokes: PokeListener, nursery: trio.Nursery, supplier: LateSupplier
-    ) -> None:
+    async def _keep_house(self, pokes: PokeListener, nursery: trio.Nursery) -> None:
         """Do everything else: imported now, in a thread, as guests wait for blocks alone."""
         await trio.to_thread.run_sync(prepare)
         from stratocache.fs.housekeeping import Housekeeping
 
         house = Housekeeping(
-            self._configuration, self._db, self._images, self._chunks, self._disks, self.blocks,
-            supplier,
+            self._configuration, self._db, self._images, self._chunks, self._disks, self.blocks
         )  # fmt: skip
         await house.keep(pokes, nursery)
 

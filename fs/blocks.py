@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 import trio
 
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import NotFound
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.errors import NotFound, StratocacheError
+from stratocache.cache.images import MANIFEST_FAULTS, ImageReader, ImageStore
 from stratocache.fs import records
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.overlay import Overlay
@@ -128,7 +128,7 @@ class Blocks:
         image = self.image_by_number(number)
         if image is None:
             raise NotFound("image-unknown", f"There is no image of number {number} any more.")
-        return await trio.to_thread.run_sync(self._images.reader, image.id)
+        return await self._images.open_reader(image.id)
 
     def opened_overlay(self, number: int) -> Overlay | None:
         """Return the open overlay of that number, or None when it has to be opened."""
@@ -142,6 +142,17 @@ class Blocks:
         disk = self.disk_by_number(number)
         if disk is None:
             raise NotFound("disk-unknown", f"There is no overlay of number {number} any more.")
+        try:
+            return await self._open_files(disk)
+        except StratocacheError as error:
+            if disk.base_manifest is None or error.code not in MANIFEST_FAULTS:
+                raise
+        base = await self._images.open_reader(disk.base_manifest)
+        overlay = await self._open_files(disk)
+        del base  # until now, so that its manifest was read once
+        return overlay
+
+    async def _open_files(self, disk: Disk) -> Overlay:
         return await trio.to_thread.run_sync(
             self._disks.open_overlay, disk.uuid, self._images.reader
         )

@@ -35,6 +35,10 @@ class Clones:
         self._disks = disks
         self._templates = Templates(stage)
 
+    def forget_images(self) -> None:
+        """Let go of what is kept of all images: the next clones verify their chunks again."""
+        self._templates.forget_all()
+
     def forget_image(self, image: ChunkedImage) -> None:
         """Let go of what is kept of an image for its next clone."""
         self._templates.forget(image)

@@ -22,7 +22,8 @@ from stratocache.cache.decompression import decompressed
 from stratocache.cache.errors import InvalidInput, NotFound, NotVerified, StratocacheError
 from stratocache.cache.ingestion import Batch, chunks_of, ingest
 from stratocache.cache.origin import Backoff, HttpOrigin, Progress, SizeLimit
-from stratocache.cache.space import Space, full_disk_is_no_space
+from stratocache.cache.room import CacheSpace
+from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Stage
 from stratocache.fs import transfers
 from stratocache.fs.disks import DiskStore
@@ -47,7 +48,7 @@ class Importer:
     ) -> None:
         self._configuration = configuration
         self._image_bytes_max = configuration.fetch.max_image_bytes
-        self._space = Space(configuration.state_dir, configuration.space.reserve_bytes)
+        self._space = CacheSpace(configuration.state_dir, configuration.space.reserve_bytes)
         self._http = HttpOrigin(client, configuration.fetch, self._space, backoff or Backoff())
         self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
 

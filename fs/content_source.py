@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from stratocache.cache import seals
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
-from stratocache.cache.manifest import Manifest
 from stratocache.fs import raw_snapshots
 from stratocache.fs.records import Disk, Snapshot
 from stratocache.fs.sparse_file import extents
@@ -65,9 +65,9 @@ class ManifestSource:
     Reads the chunk files alone: the chunk store belongs to `blockd`.
     """
 
-    def __init__(self, manifest_path: Path, chunks: Path, size_bytes: int) -> None:
-        self._manifest = Manifest.read(manifest_path, image_bytes_max=size_bytes)
-        self._chunks = chunks
+    def __init__(self, state_dir: Path, name: str, size_bytes: int) -> None:
+        self._manifest = seals.read_manifest(state_dir, name, image_bytes_max=size_bytes)
+        self._chunks = state_dir / "chunks"
         self.size_bytes = self._manifest.size_bytes
 
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
@@ -117,7 +117,7 @@ def open_snapshot(configuration: Configuration, snapshot: Snapshot) -> Source:
     path = snapshot_path(configuration.state_dir, snapshot)
     if snapshot.form == "file":
         return FileSource(path, snapshot.size_bytes)
-    return ManifestSource(path, configuration.state_dir / "chunks", snapshot.size_bytes)
+    return ManifestSource(configuration.state_dir, snapshot.id, snapshot.size_bytes)
 
 
 def snapshot_path(state_dir: Path, snapshot: Snapshot) -> Path:

@@ -53,7 +53,7 @@ def check(
     Raises `NotFound` (`disk-unknown`), `Conflict` (`daemon-running`) for a repair beside a running
     daemon, `Internal` (`state-too-new`), and what mounting a pool raises.
     """
-    with _daemon_kept_away(configuration) as stopped:
+    with daemon_kept_away(configuration) as stopped:
         if repair and not stopped:
             raise Conflict(
                 "daemon-running", "Stop the daemon to repair; without --repair it may run."
@@ -65,7 +65,7 @@ def check(
 
 
 @contextmanager
-def _daemon_kept_away(configuration: Configuration) -> Iterator[bool]:
+def daemon_kept_away(configuration: Configuration) -> Iterator[bool]:
     """Hold the daemon's lock if no daemon has it, and tell."""
     directory = RunDirectory(configuration.run_dir)
     directory.prepare()

@@ -161,7 +161,7 @@ class DiskReconciliation:
     def _create_disk(self, disk: Disk) -> DiskForm:
         space_plan.admit(self._configuration, self._db, disk.uuid, disk.size_bytes)
         if disk.base_manifest is not None:
-            base = self._images.reader(disk.base_manifest)
+            base = self._images.mended_reader(disk.base_manifest)
             return self._disks.create_clone(
                 disk.uuid, disk.size_bytes, base, disk.base_manifest,
                 complete=self._is_complete(disk),

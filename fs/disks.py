@@ -163,6 +163,10 @@ class DiskStore:
         """Let go of what is kept of an image for its next clone; call it before its files go."""
         self._clones.forget_image(image)
 
+    def forget_images(self) -> None:
+        """Let go of what is kept of all images: the next clones verify their chunks again."""
+        self._clones.forget_images()
+
     def form(self, uuid: str) -> DiskForm | None:
         """Return the form of a disk, or None when there is no such disk."""
         directory = self.overlay_directory(uuid)

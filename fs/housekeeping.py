@@ -15,7 +15,8 @@ from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
-from stratocache.cache.images import ImageStore, LateSupplier
+from stratocache.cache.images import ImageStore
+from stratocache.cache.supply import Supply
 from stratocache.fs import inventory, transfers
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.blocks import Blocks
@@ -25,12 +26,13 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
+from stratocache.fs.keeping import Keeping
 from stratocache.fs.lio import Lio
 from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.promotion import Promotion
-from stratocache.fs.provisional import ProvisionalImages, entry_finder
+from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller
 from stratocache.fs.run_directory import RunDirectory
@@ -61,9 +63,7 @@ class Housekeeping:
         chunks: ChunkStore,
         disks: DiskStore,
         blocks: Blocks,
-        supplier: LateSupplier,
     ) -> None:
-        self._supplier = supplier
         self._configuration = configuration
         self._directory = RunDirectory(configuration.run_dir)
         self._db = db
@@ -99,34 +99,28 @@ class Housekeeping:
         fetcher = Fetcher(self._configuration, self._images, self._chunks, client)
         chunk_fetcher = ChunkFetcher(
             self._configuration, self._images, client, nursery, entry_finder(self._db),
-            refetch=lambda entry: fetcher.fetch(entry, lambda done, total: None),
+            fetcher.chunk_space,
         )  # fmt: skip
-        self._supplier.put(chunk_fetcher)
+        supply = Supply(self._images, chunk_fetcher, awaited_finder(self._db))
+        self._images.set_supplier(supply)
         record = TrafficRecord(self._db, chunk_fetcher.traffic)
         provisional = ProvisionalImages(
             self._configuration, self._db, self._images, client, chunk_fetcher,
             BootSets(self._configuration, self._images, nursery), record, nursery, self._wake,
         )  # fmt: skip
         acquisition = Acquisition(
-            self._configuration,
-            self._db,
-            Catalogues(self._configuration, client),
-            fetcher,
-            self._images,
-            provisional,
-            nursery,
-        )
+            self._configuration, self._db, Catalogues(self._configuration, client), fetcher,
+            self._images, provisional, nursery,
+        )  # fmt: skip
+        keeping = Keeping(
+            self._configuration, self._db, self._images, self._disks, fetcher, chunk_fetcher,
+            supply, acquisition, provisional, nursery, self._wake,
+        )  # fmt: skip
         work = DiskWork()
         reconciler = Reconciler(
-            self._configuration,
-            self._db,
-            self._images,
-            self._disks,
-            self._target_daemon(),
-            self.blocks,
-            work,
-            before_removal=provisional.stop,
-        )
+            self._configuration, self._db, self._images, self._disks, self._target_daemon(),
+            self.blocks, work, before_removal=provisional.stop,
+        )  # fmt: skip
         snapshots = Snapshots(
             self._db, self._images, self._disks, self.blocks, work, nursery, self._wake
         )
@@ -138,12 +132,11 @@ class Housekeeping:
             "hydrate": promotion,
             IMPORT_DISK: Importing(self._db, self._disks, Importer(self._configuration, client)),
             "save": Saving(self._db, self._images, self._disks),
+            **keeping.performers,
         }
         operations = Operations(self._db, acquisition, nursery, self._wake, performers)
-        known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}
-        await sweep(partial(self._disks.sweep, known))
-        await sweep(acquisition.sweep)
-        await sweep(partial(transfers.sweep, self._configuration, self._db))
+        await self._sweep(acquisition)
+        keeping.start()
         await reconciler.adopt()
         nursery.start_soon(record.run)
         mount = MountWatch(self._db, self._configuration.blocks)
@@ -151,6 +144,7 @@ class Housekeeping:
             self._woken = trio.Event()
             await operations.look()
             provisional.look()
+            keeping.scrubbing.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()
@@ -162,6 +156,12 @@ class Housekeeping:
                 interval_s = min(interval_s, lease_s + _LEASE_GRACE_S)
             with trio.move_on_after(interval_s):
                 await self._woken.wait()
+
+    async def _sweep(self, acquisition: Acquisition) -> None:
+        known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}
+        await sweep(partial(self._disks.sweep, known))
+        await sweep(acquisition.sweep)
+        await sweep(partial(transfers.sweep, self._configuration, self._db))
 
 
 async def sweep(remove: Callable[[], object]) -> None:

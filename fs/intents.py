@@ -36,7 +36,9 @@ _NO_OTHER = """NOT EXISTS (
     SELECT 1 FROM attachments WHERE disk_uuid = disks.uuid AND id <> ? AND state <> 'removing')
 """
 
-CANCELLABLE = frozenset({"fetch", "launch", "create-disk", "hydrate", "import-disk", "save"})
+CANCELLABLE = frozenset({
+    "fetch", "launch", "create-disk", "hydrate", "import-disk", "save", "evict", "verify-image",
+})  # fmt: skip
 """Kinds of operations that can be asked to stop."""
 
 

@@ -17,6 +17,26 @@ _NAMED = """
 """
 
 
+_PUBLISHED = """
+    SELECT id AS name FROM images WHERE state IN ('provisional', 'verified')
+    UNION SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
+    UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL AND form = 'overlay'
+"""
+
+
+_INCOMPLETE = "SELECT id FROM images WHERE state IN ('fetching', 'provisional', 'rejected')"
+
+
+def published_manifests(db: Database) -> set[str]:
+    """Return the names of all manifests that must have a file, whatever is under way."""
+    return {row["name"] for row in db.rows(_PUBLISHED)}
+
+
+def incomplete_manifests(db: Database) -> set[str]:
+    """Return the names of images whose chunks may be missing: no loss, they come or are unwanted."""
+    return {row["id"] for row in db.rows(_INCOMPLETE)}
+
+
 def named_manifests(db: Database) -> set[str]:
     """Return the names of all manifests that must stay."""
     return {row["name"] for row in db.rows(_NAMED)}

@@ -16,6 +16,7 @@ import trio
 
 from stratocache.cache.errors import (
     Cancelled,
+    Conflict,
     Internal,
     StratocacheError,
 )
@@ -150,33 +151,59 @@ class Operations:
             await self._clone(operation)
 
     async def _fetch(self, operation: Operation) -> None:
-        image = await self._acquire(operation, operation.request["reference"], complete=True)
+        with self._acquisition.holding() as hold:
+            image = await self._acquire(
+                operation, operation.request["reference"], hold, complete=True
+            )
+            await trio.to_thread.run_sync(self._end_fetch, operation, image)
 
-        def end() -> None:
-            with self._db.transaction() as connection:
-                if operation.request["pin"]:
-                    connection.execute("UPDATE images SET pinned = 1 WHERE id = ?", (image.id,))
-                finish(connection, "fetch", operation.subject, {"image": image.id}, operation.id)
-
-        await trio.to_thread.run_sync(end)
+    def _end_fetch(self, operation: Operation, image: Image) -> None:
+        with self._db.transaction() as connection:
+            connection.execute("UPDATE images SET last_used_at = ? WHERE id = ?", (now(), image.id))
+            if operation.request["pin"]:
+                connection.execute("UPDATE images SET pinned = 1 WHERE id = ?", (image.id,))
+            finish(connection, "fetch", operation.subject, {"image": image.id}, operation.id)
 
     async def _launch(self, operation: Operation) -> None:
         request = launch_request(operation)
-        boot = await self._acquire(operation, request.reference)
-        shared = [await self._acquire(operation, reference) for reference in request.readonly]
-        self._acquisition.note_launch(request.reference)
-        await trio.to_thread.run_sync(self.record_launch, operation, request, boot, shared)
+
+        async def try_once(hold: set[str]) -> None:
+            boot = await self._acquire(operation, request.reference, hold)
+            shared = [
+                await self._acquire(operation, reference, hold) for reference in request.readonly
+            ]
+            self._acquisition.note_launch(request.reference)
+            await trio.to_thread.run_sync(self.record_launch, operation, request, boot, shared)
+
+        await self._unless_evicted(try_once)
 
     async def _clone(self, operation: Operation) -> None:
         request = DiskRequest(**operation.request)
-        assert request.reference is not None  # a blank disk's row is made with its operation
-        image = await self._acquire(operation, request.reference)
+        reference = request.reference
+        assert reference is not None  # a blank disk's row is made with its operation
 
-        def record() -> None:
-            with self._db.transaction() as connection:
-                insert_clone(connection, operation, request, image)
+        async def try_once(hold: set[str]) -> None:
+            image = await self._acquire(operation, reference, hold)
+            await trio.to_thread.run_sync(self._record_clone, operation, request, image)
 
-        await trio.to_thread.run_sync(record)
+        await self._unless_evicted(try_once)
+
+    async def _unless_evicted(self, use: Callable[[set[str]], Awaitable[None]]) -> None:
+        """Acquire and use images; once more when one went after it was found here.
+
+        From then on it is held, so it cannot go again.
+        """
+        with self._acquisition.holding() as hold:
+            try:
+                await use(hold)
+            except Conflict as conflict:
+                if conflict.code != "image-busy":
+                    raise
+                await use(hold)
+
+    def _record_clone(self, operation: Operation, request: DiskRequest, image: Image) -> None:
+        with self._db.transaction() as connection:
+            insert_clone(connection, operation, request, image)
 
     def record_launch(
         self, operation: Operation, request: LaunchRequest, boot: Image, shared: list[Image]
@@ -189,12 +216,12 @@ class Operations:
             insert_launch(connection, self._db, operation, request, boot, shared)
 
     async def _acquire(
-        self, operation: Operation, reference: str, *, complete: bool = False
+        self, operation: Operation, reference: str, hold: set[str], *, complete: bool = False
     ) -> Image:
         """Acquire an image while its progress is written to the operation's row."""
         return await self._reporting(
             operation,
-            lambda report: self._acquisition.acquire(reference, report, complete=complete),
+            lambda report: self._acquisition.acquire(reference, report, hold, complete=complete),
         )
 
     async def _reporting(self, operation: Operation, work: Callable[[Report], Awaitable[_T]]) -> _T:

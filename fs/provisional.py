@@ -305,6 +305,32 @@ def entry_finder(db: Database) -> Callable[[str], Entry | None]:
     return find
 
 
+def awaited_finder(db: Database) -> Callable[[str], Sequence[str]]:
+    """Return the `Supply`'s way to images whose chunks a manifest may wait for.
+
+    An image waits for its own, as long as it is provisional; a snapshot for those of any image.
+    """
+
+    def find(name: str) -> Sequence[str]:
+        image = inventory.find_image(db, name)
+        if image is None:
+            rows = db.rows("SELECT id FROM images WHERE state = 'provisional'")
+            return [row["id"] for row in rows]
+        if image.state == "rejected":
+            raise rejected(image)
+        return [name] if image.state == "provisional" else []
+
+    return find
+
+
+def rejected(image: Image) -> NotVerified:
+    """Return the error for whoever wants to use a rejected image."""
+    return NotVerified(
+        "image-rejected",
+        f"Image {image.id} is not what its endorser promised; delete it to fetch it again.",
+    )
+
+
 def _fenced(disks: Sequence[str]) -> str:
     if not disks:
         return ""

@@ -64,7 +64,7 @@ class Saving:
         if snapshot.form == "file":
             await self._save_file(operation, snapshot, request, report)
             return
-        reader = await trio.to_thread.run_sync(self._images.reader, snapshot.id)
+        reader = await self._images.open_reader(snapshot.id)
         measurement = await self._measure(
             _chunks_of_reader(reader), _ignore, snapshot.size_bytes, report
         )

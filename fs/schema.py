@@ -273,4 +273,28 @@ MIGRATIONS: tuple[str, ...] = (
         updated_at    TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE scrub (                    -- one row: what the scrubber is to do, and did
+        id          INTEGER PRIMARY KEY CHECK (id = 1),
+        paused      INTEGER NOT NULL DEFAULT 0 CHECK (paused IN (0, 1)),
+        requested   INTEGER NOT NULL DEFAULT 0 CHECK (requested IN (0, 1)), -- 1 = begin a pass now
+        position    TEXT,                   -- the last thing looked at; NULL = no pass under way
+        started_at  TEXT,                   -- of the pass under way, or of the last one; NULL = none yet
+        finished_at TEXT,                   -- of the last whole pass; NULL = none yet
+        chunks      INTEGER NOT NULL DEFAULT 0, -- looked at in the pass that began at started_at ...
+        chunk_bytes INTEGER NOT NULL DEFAULT 0,
+        manifests   INTEGER NOT NULL DEFAULT 0,
+        damaged     INTEGER NOT NULL DEFAULT 0, -- ... found damaged or missing, chunks and manifests
+        repaired    INTEGER NOT NULL DEFAULT 0  -- ... and brought back
+    ) STRICT;
+    INSERT INTO scrub (id) VALUES (1);
+
+    CREATE TABLE losses (                   -- what is damaged and could not be brought back
+        name     TEXT PRIMARY KEY,          -- a chunk's digest, hexadecimal, or a manifest's name
+        kind     TEXT NOT NULL CHECK (kind IN ('chunk', 'manifest')),
+        found_at TEXT NOT NULL,
+        images   TEXT NOT NULL,             -- JSON list: names of the manifests that need it
+        reason   TEXT NOT NULL              -- one sentence for people
+    ) STRICT;
+    """,
 )

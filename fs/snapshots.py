@@ -92,7 +92,7 @@ class Snapshots:
         overlay = await self._blocks.open_overlay(disk.number)
         if overlay.frozen is not None:
             await self._publish(snapshot, disk, overlay.frozen)
-            reader = await trio.to_thread.run_sync(self._images.reader, snapshot.id)
+            reader = await self._images.open_reader(snapshot.id)
             await overlay.rebase(reader, snapshot.id)
         # else a process that died had come as far as this
         await trio.to_thread.run_sync(self._record, snapshot, disk)

@@ -16,7 +16,7 @@ from pathlib import Path
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import NoSpace
 from stratocache.cache.space import no_space
-from stratocache.fs import inventory, reflink
+from stratocache.fs import inventory, records, reflink
 from stratocache.fs.records import Attachment, Caller, Disk, Image
 from stratocache.fs.state import Database
 
@@ -60,11 +60,13 @@ class ImageHolding:
     """Disks that read from it."""
     attachments: tuple[Attachment, ...]
     """Instances that have it, read-only."""
+    snapshots: tuple[str, ...] = ()
+    """Ids of snapshots that share its chunks."""
 
     @property
     def held(self) -> bool:
         """Whether it must stay."""
-        return bool(self.image.pinned or self.disks or self.attachments)
+        return bool(self.image.pinned or self.disks or self.attachments or self.snapshots)
 
 
 def account(configuration: Configuration, db: Database) -> SpaceAccount:
@@ -151,18 +153,28 @@ def admits_all(configuration: Configuration, db: Database) -> bool:
 
 def holdings(db: Database) -> list[ImageHolding]:
     """Return every image with what keeps it, the longest unused first."""
-    disks: dict[str | None, list[Disk]] = {}
-    for disk in inventory.disks(db, _EVERYBODY):
-        if disk.form != "raw":
-            disks.setdefault(disk.base_image, []).append(disk)
-    attached: dict[str | None, list[Attachment]] = {}
-    for attachment in inventory.attachments(db):
-        attached.setdefault(attachment.image_id, []).append(attachment)
-    found = [
-        ImageHolding(image, tuple(disks.get(image.id, ())), tuple(attached.get(image.id, ())))
-        for image in inventory.images(db)
-    ]
+    found = [holding_of(db, image) for image in inventory.images(db)]
     return sorted(found, key=lambda item: item.image.last_used_at or item.image.created_at)
+
+
+def holding_of(db: Database, image: Image) -> ImageHolding:
+    """Return an image with what keeps it."""
+    disks = db.rows(
+        "SELECT * FROM disks WHERE (base_image = ?1 OR base_manifest = ?1) AND form IS NOT 'raw' "
+        "ORDER BY number",
+        image.id,
+    )
+    snapshots = db.rows(
+        "SELECT snapshots.id FROM snapshots JOIN disks ON disks.uuid = disk_uuid "
+        "WHERE base_image = ? AND snapshots.form IS NOT 'file' ORDER BY snapshots.number",
+        image.id,
+    )
+    return ImageHolding(
+        image,
+        tuple(records.disk_from(row) for row in disks),
+        tuple(inventory.attachments(db, image_id=image.id)),
+        tuple(row["id"] for row in snapshots),
+    )
 
 
 def _file_system(directory: Path) -> tuple[int, int]:

@@ -69,6 +69,11 @@ class Templates:
         with self._lock:
             self._templates.pop(image, None)
 
+    def forget_all(self) -> None:
+        """Let go of every template: a chunk that one of them shares has rotted."""
+        with self._lock:
+            self._templates.clear()
+
     def _assemble(self, image: ChunkedImage) -> int:
         target = os.open(self._directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:

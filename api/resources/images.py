@@ -6,13 +6,14 @@ import falcon
 
 from stratocache.api import answers, query
 from stratocache.api.models import ImageFetch, read_body
-from stratocache.api.representations import ImageDetails, ImageView
+from stratocache.api.representations import ImageDetails, ImageView, OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
 from stratocache.fs import fetch_account, intents, inventory
 from stratocache.fs.records import Image
 from stratocache.fs.state import Database
+from stratocache.fs.verification import request_verification
 
 
 class ImageCollection:
@@ -135,6 +136,27 @@ class ImagePin:
         answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
         image = intents.set_pin(db, answers.caller(request), image_id, pinned)
         answers.show(response, _details(db, image))
+
+
+class ImageVerification:
+    """`/v1/images/{image_id}/verify`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_post(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
+        """Hash every chunk and the whole, and fetch again what is damaged or missing: 202 and an
+        operation, or 200 when that ends within `?wait=`."""
+        query.require_known(request, "wait")
+        wait_s = query.wait_seconds(request, default=0)
+        operation = self._service.start(
+            request_verification(self._service.db, answers.caller(request), image_id), wait_s
+        )
+        require_success(operation)
+        if operation.finished:
+            answers.show(response, OperationView.of(operation))
+        else:
+            answers.accept(response, operation)
 
 
 def _details(db: Database, image: Image) -> ImageDetails:

@@ -30,6 +30,8 @@ def test_account_is_shown_to_everybody(api: Api, root: Requests, nobody: Request
     assert nobody("GET", "/v1/cache").json.keys() == account.keys()
     problem(root("GET", "/v1/cache?colour=red"), 400, "parameter-unknown", "colour")
     assert root("POST", "/v1/cache", {}).status_code == 405
+    assert (account["cache_limit_bytes"], account["losses"]) == (0, [])
+    assert account["scrub"]["state"] == "idle"
 
 
 def test_plan_names_what_keeps_an_image(api: Api, root: Requests, nobody: Requests) -> None:
@@ -70,14 +72,83 @@ def test_commands_show_sizes_and_holders(configuration: Configuration) -> None:
         account = json.loads(run("cache", "status", "--json"))
         assert account["promised_bytes"] == 5 * MIB
         plan = run("cache", "plan")
-        assert plan.startswith(status)
+        assert status.startswith(plan.partition("\n\n")[0])
+        assert "scrubber:            idle; 0 chunks" in status
         header, line = plan.splitlines()[-2:]
-        assert header.split("\t") == ["IMAGE", "SIZE", "LAST USED", "KEPT BY", "TITLE"]
-        assert line.split("\t") == [IMAGE_ID, "4 MiB", "-", "pin, 1 disks", "a small system"]
+        assert header.split("\t") == [
+            "#", "IMAGE", "SIZE", "LAST USED", "FREES", "REFETCH", "KEPT BY", "TITLE"
+        ]  # fmt: skip
+        assert line.split("\t") == [
+            "-", IMAGE_ID, "4 MiB", "-", "0 B", "4 MiB from 127.0.0.1", "pinned", "a small system"
+        ]  # fmt: skip
         assert json.loads(run("cache", "plan", "--json"))["images"][0]["pinned"] is True
     assert cache_commands.promise_line(account).startswith(
         "Disks are promised 5 MiB more than they have; "
     )
+
+
+def test_plan_says_why_and_at_what_cost(api: Api, root: Requests, nobody: Requests) -> None:
+    """An image that may go has its turn and its cost; names of holders are for administrators."""
+    insert_image(api.db)
+    (image,) = root("GET", "/v1/cache/plan").json["images"]
+    assert image["kept_because"] is None or image["kept_because"].startswith("nothing to gain")
+    assert (image["refetch_bytes"], image["origin"]) == (4 * MIB, "127.0.0.1")
+    uuid = insert_disk(api.db)
+    api.db.connection.execute("UPDATE disks SET base_image = ?, form = 'overlay'", (IMAGE_ID,))
+    (image,) = root("GET", "/v1/cache/plan").json["images"]
+    assert (image["order"], image["kept_because"]) == (None, f"base of disk {uuid}")
+    (seen,) = nobody("GET", "/v1/cache/plan").json["images"]
+    assert seen["kept_because"] == "in use"
+
+
+def test_offline_plan_names_what_is_not_whole(api: Api, root: Requests) -> None:
+    """An image that is needed and has no files would fail; one that nothing needs is no matter."""
+    insert_image(api.db)
+    assert root("GET", "/v1/cache/plan?offline=true").json == {"images": []}
+    root("PUT", f"/v1/images/{IMAGE_ID}/pin")
+    (image,) = root("GET", "/v1/cache/plan?offline=true").json["images"]
+    assert (image["image"], image["pinned"]) == (IMAGE_ID, True)
+    assert image["reason"] == "its manifest is damaged or gone"
+
+
+def test_evictions_are_asked_for_and_previewed(api: Api, root: Requests, nobody: Requests) -> None:
+    """What is held is refused with its holder; a dry run records nothing."""
+    insert_image(api.db)
+    root("PUT", f"/v1/images/{IMAGE_ID}/pin")
+    answer = root("POST", "/v1/cache/evict", {"image": IMAGE_ID})
+    assert "pinned" in problem(answer, 409, "image-held")["detail"]
+    problem(root("POST", "/v1/cache/evict", {"image": "A" * 27}), 404, "image-unknown")
+    problem(root("POST", "/v1/cache/evict", {"bytes": -1}), 400, "field-invalid", "bytes")
+    both = {"image": IMAGE_ID, "bytes": 1}
+    problem(root("POST", "/v1/cache/evict", both), 400, "eviction-ambiguous")
+    problem(nobody("POST", "/v1/cache/evict", {}), 403, "administrator-only")
+    preview = root("POST", "/v1/cache/evict", {"bytes": 10, "dry_run": True})
+    assert preview.json == {"images": [], "freed_bytes": 0}
+    assert api.db.rows("SELECT 1 FROM operations WHERE kind = 'evict'") == []
+    asked = root("POST", "/v1/cache/evict", {})
+    assert asked.status_code == 202
+    assert (asked.json["kind"], asked.json["subject"]) == ("evict", "cache")
+
+
+def test_scrubber_is_paused_and_resumed(api: Api, root: Requests, nobody: Requests) -> None:
+    """Each request answers with what the scrubber is to do; twice is no error."""
+    for action, state in (
+        ("now", "running"), ("pause", "paused"), ("pause", "paused"), ("resume", "running"),
+    ):  # fmt: skip
+        answer = root("POST", "/v1/cache/scrub", {"action": action})
+        assert (answer.status_code, answer.json["state"]) == (200, state)
+    problem(root("POST", "/v1/cache/scrub", {"action": "x"}), 400, "field-invalid", "action")
+    problem(nobody("POST", "/v1/cache/scrub", {}), 403, "administrator-only")
+
+
+def test_verification_is_one_operation(api: Api, root: Requests) -> None:
+    """An image that is being verified is not verified twice at once."""
+    insert_image(api.db)
+    first = root("POST", f"/v1/images/{IMAGE_ID}/verify", {})
+    again = root("POST", f"/v1/images/{IMAGE_ID}/verify", {})
+    assert first.status_code == again.status_code == 202
+    assert first.json["id"] == again.json["id"]
+    problem(root("POST", f"/v1/images/{'A' * 27}/verify", {}), 404, "image-unknown")
 
 
 @pytest.mark.parametrize("ratio", ["0.5", "0", "-1", "1001", "much", "nan"])

@@ -49,8 +49,8 @@ def measure(directory: Path, samples: int) -> Iterable[Result]:
         _plain_target(directory) as plain_url,
     ):
         urls = {
-            "raw": _attached(appliance, "--size", str(DISK_BYTES)),
-            "overlay": _attached(appliance, "--reference", reference.identifier),
+            "raw": attached(appliance, "--size", str(DISK_BYTES)),
+            "overlay": attached(appliance, "--reference", reference.identifier),
         }
         for url in (plain_url, *urls.values()):
             _fill(url)
@@ -58,13 +58,14 @@ def measure(directory: Path, samples: int) -> Iterable[Result]:
             rates: dict[str, list[float]] = {kind: [] for kind in urls}
             for _ in range(samples):
                 for kind, url in urls.items():
-                    plain = _rate(plain_url, load)
-                    rates[kind].append(_rate(url, load) / plain)
+                    plain = rate(plain_url, load)
+                    rates[kind].append(rate(url, load) / plain)
             for kind, ratios in rates.items():
                 yield Result(f"{kind} disk, {load.name} / tgt plain", "ratio", ratios, GOALS[kind])
 
 
-def _attached(appliance: Appliance, *arguments: str) -> str:
+def attached(appliance: Appliance, *arguments: str) -> str:
+    """Make a disk and attach it; return its URL."""
     disk = appliance.json("disk", "create", *arguments)
     attachment = appliance.json("disk", "attach", disk["uuid"], "--instance", disk["uuid"])
     url: str = attachment["iscsi_url"]
@@ -104,10 +105,10 @@ def _plain_target(directory: Path) -> Iterator[str]:
 
 
 def _fill(url: str) -> None:
-    _rate(url, Load("fill", 1024**2, 4, True, DISK_BYTES // 1024**2))
+    rate(url, Load("fill", 1024**2, 4, True, DISK_BYTES // 1024**2))
 
 
-def _rate(url: str, load: Load) -> float:
+def rate(url: str, load: Load) -> float:
     """Return requests per second, as `qemu-img bench` counts them."""
     command = [
         "qemu-img", "bench", "-f", "raw", "-t", "none", "-c", str(load.count),

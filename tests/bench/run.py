@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import images, iscsi, launches, lazy, listing, pool
+from bench import images, iscsi, launches, lazy, listing, pool, scrub
 from bench.result import Result
 
 SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
@@ -27,6 +27,7 @@ SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
     "lazy": lazy.measure,
     "listing": listing.measure,
     "pool": pool.measure,
+    "scrub": scrub.measure,
 }
 
 

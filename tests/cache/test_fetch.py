@@ -150,7 +150,7 @@ def _assert_published(host: Host, image: bytes, fetched: FetchedImage) -> None:
     assert host.images.identifiers() == [IDENTIFIER]
     assert host.read() == image
     assert list((host.state_dir / "stage").iterdir()) == []
-    assert len(host.leftovers()) == 1 + host.chunks.statistics().chunks
+    assert len(host.leftovers()) == 2 + host.chunks.statistics().chunks
 
 
 @pytest.mark.parametrize("compression", ["none", "gz", "bz2", "xz", "zst"])

@@ -14,7 +14,7 @@ from support.origins import Fault, OriginServer, Resource
 from stratocache.cache.configuration import FetchSettings
 from stratocache.cache.errors import NotFound, NotVerified, OriginFailed, Refused
 from stratocache.cache.origin import Backoff, HttpOrigin, SizeLimit, open_file
-from stratocache.cache.space import Space
+from stratocache.cache.room import CacheSpace
 from stratocache.cache.stage import Source, Stage
 
 SIZE = 3_000_000
@@ -30,7 +30,7 @@ class Download:
         self.progress: list[tuple[int, int | None]] = []
         self._settings = FetchSettings(attempts=attempts, connect_timeout_s=2, read_timeout_s=1)
         self._backoff = Backoff(base_s=0.001, limit_s=limit_s)
-        self._space = Space(directory, 0)
+        self._space = CacheSpace(directory, 0)
 
     def run(self, location: str, limit: SizeLimit = EXACT) -> bool:
         """Download to the end; tell whether an earlier part was continued."""

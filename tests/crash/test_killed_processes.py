@@ -50,7 +50,7 @@ def test_what_was_begun_is_finished_or_undone(tmp_path: Path, published: Publish
         for number in range(ROUNDS):
             victim = chance.choice(("api", "everything"))
             kills[victim] += 1
-            work = _work_on_disks if chance.random() < 0.6 else _work
+            work = chance.choice((_work, _work_on_disks, _work_on_disks, _work_on_the_cache))
             workload = threading.Thread(target=work, args=(appliance, published, f"vm{number}"))
             workload.start()
             time.sleep(chance.uniform(0, 3))
@@ -114,6 +114,27 @@ def _work_on_disks(appliance: Appliance, published: Published, instance: str) ->
         appliance.request("DELETE", kept[0])
         outcome = "failed" if int(instance.removeprefix("vm")) % 2 else "done"
         appliance.request("DELETE", f"/v1/launches/{instance}?outcome={outcome}")
+
+
+def _work_on_the_cache(appliance: Appliance, published: Published, instance: str) -> None:
+    """What an operator does, beside a medium that rots, until somebody kills the other side."""
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        image = f"/v1/images/{published.identifier}"
+        appliance.request("POST", "/v1/images?wait=20", {"reference": published.identifier})
+        chunks = [
+            path for path in (appliance.state_dir / "chunks").rglob("*") if len(path.name) == 64
+        ]
+        for path in random.Random(instance).sample(chunks, min(3, len(chunks))):
+            os.truncate(path, 1000)
+        appliance.request("POST", "/v1/cache/scrub", {"action": "now"})
+        appliance.request("POST", f"{image}/verify", {})
+        appliance.request("POST", "/v1/cache/evict", {"bytes": 2**20})
+        appliance.request("PUT", f"{image}/pin", {})
+        body = {"reference": published.identifier, "instance": instance}
+        appliance.request("POST", "/v1/launches?wait=20", body)
+        appliance.request("POST", "/v1/cache/evict", {"image": published.identifier})
+        appliance.request("DELETE", f"{image}/pin")
+        appliance.request("POST", "/v1/cache/evict", {"bytes": 2**30})
 
 
 def _rows(appliance: Appliance, query: str) -> list[sqlite3.Row]:
@@ -207,9 +228,11 @@ def _clear(appliance: Appliance) -> None:
             assert status == 204
         assert appliance.request("DELETE", f"{path}?snapshots=delete")[0] == 204
     for image in appliance.request("GET", "/v1/images")[1]["images"]:
+        assert appliance.request("DELETE", f"/v1/images/{image['id']}/pin")[0] == 200
         assert appliance.request("DELETE", f"/v1/images/{image['id']}")[0] == 204
     chunks = [path for path in (appliance.state_dir / "chunks").rglob("*") if len(path.name) == 64]
     assert chunks == []
+    assert os.listdir(appliance.state_dir / "seals") == []
 
 
 def _target_names(appliance: Appliance) -> set[str]:

@@ -212,8 +212,13 @@ def test_a_rejected_image_fences_its_disks(host: Host) -> None:
     assert message is not None and disk.uuid in message["message"]
     error = next(item.error for item in inventory.operations(host.db, subject="vm2"))
     assert error is not None and error["code"] == "image-rejected"
-    with pytest.raises(NotVerified):
-        host.images.reader(IDENTIFIER).read_blocking(0, 1)
+
+    async def read(_: Operations) -> None:
+        with pytest.raises(NotVerified) as refused:
+            await host.images.reader(IDENTIFIER).read(0, 1)
+        assert refused.value.code == "image-rejected"
+
+    host.run(read)
 
 
 def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:

@@ -3,16 +3,24 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.crashing import CrashingDatabase, CrashingTargets, Fuse, is_crash
+from support.crashing import (
+    CrashingDatabase,
+    CrashingImages,
+    CrashingTargets,
+    Fuse,
+    chosen,
+    dying,
+    is_crash,
+)
 from support.disk_daemon import DiskDaemon
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
@@ -30,8 +38,6 @@ from stratocache.fs.state import now
 ROOT_CALLER = Caller("root", True)
 IMAGE = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
 DISK_BYTES = 2 * CHUNK_BYTES + 4096
-
-_T = TypeVar("_T")
 
 
 class CrashingOverlay(Overlay):
@@ -79,7 +85,7 @@ class CrashingDisks(DiskStore):
             "rollback_overlay", "finish_promotion", "freeze_raw", "grow_raw", "snapshot_raw",
             "rollback_raw", "delete_raw_snapshot",
         ):  # fmt: skip
-            setattr(self, name, _dying(getattr(self, name), fuse))
+            setattr(self, name, dying(getattr(self, name), fuse))
 
     def open_overlay(self, uuid: str, base_reader_of: Callable[[str], BlockSource]) -> Overlay:
         """As the real one."""
@@ -93,25 +99,6 @@ class CrashingDisks(DiskStore):
         for overlay in self.opened:
             with suppress(OSError, ValueError):
                 overlay.close()
-
-
-class CrashingImages(ImageStore):
-    """Real manifests, published and removed by a process that may die around that."""
-
-    def __init__(self, state_dir: Path, chunks: ChunkStore, fuse: Fuse) -> None:
-        super().__init__(state_dir, chunks)
-        for name in ("publish", "remove"):
-            setattr(self, name, _dying(getattr(self, name), fuse))
-
-
-def _dying(call: Callable[..., _T], fuse: Fuse) -> Callable[..., _T]:
-    def dying(*arguments: Any, **options: Any) -> _T:
-        fuse.step()
-        result = call(*arguments, **options)
-        fuse.step()
-        return result
-
-    return dying
 
 
 class Crashes(RuleBasedStateMachine):
@@ -478,11 +465,6 @@ class Crashes(RuleBasedStateMachine):
                 layout = store.layout(uuid)
                 assert (layout.base, layout.frozen) == (row["base_manifest"], None)
                 assert names == {"layout.json", f"{layout.top}.data", f"{layout.top}.bitmap"}
-
-
-def chosen(items: Sequence[_T], index: int) -> Sequence[_T]:
-    """Return one of the items, or none when there is none."""
-    return [items[index % len(items)]] if items else []
 
 
 Crashes.TestCase.settings = settings(

@@ -1,13 +1,17 @@
 """A process that may die at any step: a countdown, and what steps through it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from stratocache.cache.chunks import ChunkStore
+from stratocache.cache.images import ImageStore
 from stratocache.fs.state import Database
 from stratocache.fs.target import ActualTarget, Target
 from support.disk_daemon import MemoryTargets
+
+_T = TypeVar("_T")
 
 
 class Crash(BaseException):
@@ -67,6 +71,32 @@ class CrashingTargets(MemoryTargets):
         self.fuse.step()
         await super().remove(number)
         self.fuse.step()
+
+
+class CrashingImages(ImageStore):
+    """Real manifests, published and removed by a process that may die around that."""
+
+    def __init__(self, state_dir: Path, chunks: ChunkStore, fuse: Fuse) -> None:
+        super().__init__(state_dir, chunks)
+        for name in ("publish", "remove"):
+            setattr(self, name, dying(getattr(self, name), fuse))
+
+
+def dying(call: Callable[..., _T], fuse: Fuse) -> Callable[..., _T]:
+    """Return a call during which, before or after, the process may die."""
+
+    def dying(*arguments: Any, **options: Any) -> _T:
+        fuse.step()
+        result = call(*arguments, **options)
+        fuse.step()
+        return result
+
+    return dying
+
+
+def chosen(items: Sequence[_T], index: int) -> Sequence[_T]:
+    """Return one of the items, or none when there is none."""
+    return [items[index % len(items)]] if items else []
 
 
 def is_crash(error: BaseException) -> bool:

@@ -16,6 +16,8 @@ from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.room import CacheSpace
+from stratocache.cache.supply import Supply
 
 
 def some_image(chunks: int, *, tail_bytes: int = 0, zero: tuple[int, ...] = ()) -> bytes:
@@ -65,7 +67,7 @@ def entry_of(
 
 
 class LazyHost:
-    """A state directory whose images are read through a `ChunkFetcher`."""
+    """A state directory whose images are on their way through a `ChunkFetcher`."""
 
     def __init__(self, state_dir: Path, *, demand_timeout_s: float = 20, parallel: int = 8) -> None:
         self.configuration = Configuration(
@@ -94,6 +96,9 @@ class LazyHost:
         self.images.publish(entry.identifier, manifest_of(image))
         return entry.identifier
 
+    def _awaited(self, name: str) -> list[str]:
+        return [name] if name in self.entries else list(self.entries)
+
     def run(self, script: Callable[[ChunkFetcher], Awaitable[None]]) -> None:
         """Run a script with a fetcher; its end is the death of the process."""
 
@@ -101,9 +106,10 @@ class LazyHost:
             async with httpx.AsyncClient(trust_env=False) as client, trio.open_nursery() as nursery:
                 fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, self.entries.get,
+                    CacheSpace(self.state_dir, 0),
                     backoff=Backoff(base_s=0.01, limit_s=0.1), patience=Patience(0.5, 15),
                 )  # fmt: skip
-                self.images.set_supplier(fetcher)
+                self.images.set_supplier(Supply(self.images, fetcher, self._awaited))
                 with trio.fail_after(90):
                     await script(fetcher)
                 nursery.cancel_scope.cancel()

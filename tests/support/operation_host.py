@@ -24,11 +24,12 @@ from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
+from stratocache.cache.supply import Supply
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
-from stratocache.fs.provisional import ProvisionalImages, entry_finder
+from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.state import Database
 from stratocache.fs.traffic_record import TrafficRecord
@@ -69,12 +70,15 @@ class Host:
 
         async def main() -> None:
             async with httpx.AsyncClient() as client, trio.open_nursery() as nursery:
+                fetcher = Fetcher(self.configuration, self.images, self.chunks, client)
                 chunk_fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, entry_finder(self.db),
+                    fetcher.chunk_space,
                     backoff=Backoff(base_s=0.01, limit_s=0.1),
                     patience=Patience(quiet_s=0.1, expect_s=0.1),
                 )  # fmt: skip
-                self.images.set_supplier(chunk_fetcher)
+                supply = Supply(self.images, chunk_fetcher, awaited_finder(self.db))
+                self.images.set_supplier(supply)
                 self.record = TrafficRecord(self.db, chunk_fetcher.traffic)
                 self.provisional = ProvisionalImages(
                     self.configuration, self.db, self.images, client, chunk_fetcher,
@@ -85,7 +89,7 @@ class Host:
                     self.configuration,
                     self.db,
                     Catalogues(self.configuration, client),
-                    Fetcher(self.configuration, self.images, self.chunks, client),
+                    fetcher,
                     self.images,
                     self.provisional,
                     nursery,

@@ -1,0 +1,75 @@
+"""What would fail without its origins: images that are pinned, attached or bases of disks, and are
+not whole here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stratocache.cache import seals
+from stratocache.cache.configuration import Configuration
+from stratocache.cache.errors import NotVerified
+from stratocache.cache.manifest import Manifest
+from stratocache.fs.losses import losses
+from stratocache.fs.records import SERVABLE
+from stratocache.fs.space_plan import ImageHolding, holdings
+from stratocache.fs.state import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Weakness:
+    """One image that is needed here and cannot be read whole without its origins."""
+
+    holding: ImageHolding
+    reason: str
+    missing_chunks: int
+    missing_bytes: int
+
+
+def weaknesses(configuration: Configuration, db: Database) -> Iterator[Weakness]:
+    """Yield every image that something holds and that would fail without its origins.
+
+    Looks for each chunk's file and its length; what only hashing finds is the scrubber's to find,
+    and counts when it has been found.
+    """
+    lost = {name for loss in losses(db) for name in loss.images}
+    for holding in holdings(db):
+        if not holding.held:
+            continue
+        image = holding.image
+        if image.state not in SERVABLE:
+            yield Weakness(holding, f"it is {image.state}", 0, image.entry.size_bytes)
+            continue
+        try:
+            manifest = seals.read_manifest(configuration.state_dir, image.id)
+        except (FileNotFoundError, NotVerified):
+            yield Weakness(holding, "its manifest is damaged or gone", 0, image.size_bytes or 0)
+            continue
+        complete = image.state == "verified"
+        reason = "chunks are missing" if complete else "it is not complete yet"
+        missing = list(_missing(configuration.state_dir, manifest))
+        if missing:
+            missing_bytes = sum(map(manifest.chunk_bytes, missing))
+            yield Weakness(holding, reason, len(missing), missing_bytes)
+        elif image.id in lost:
+            yield Weakness(holding, "chunks are damaged and no origin had them", 0, 0)
+
+
+def _missing(state_dir: Path, manifest: Manifest) -> Iterator[int]:
+    seen: dict[bytes, bool] = {}
+    for index in range(manifest.chunk_count):
+        if manifest.is_zero(index):
+            continue
+        digest = manifest.digest(index)
+        if digest not in seen:
+            seen[digest] = _is_there(state_dir, digest, manifest.chunk_bytes(index))
+            if not seen[digest]:
+                yield index
+
+
+def _is_there(state_dir: Path, digest: bytes, size_bytes: int) -> bool:
+    name = digest.hex()
+    try:
+        path = state_dir / "chunks" / name[0] / name[1] / name
+        return path.lstat().st_size == size_bytes
+    except FileNotFoundError:
+        return False
