@@ -22,8 +22,9 @@ from stratocache.cache.configuration import FetchSettings
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.endorsed_index import read_index
 from stratocache.cache.entry import EndorsedIndex
-from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
+from stratocache.cache.errors import NoSpace, NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.origin import Backoff
+from stratocache.cache.room import CacheSpace
 from stratocache.cache.traffic import reading_for
 
 IMAGE = some_image(12, tail_bytes=70001, zero=(3, 4))
@@ -349,6 +350,51 @@ def test_a_chunk_is_found_by_its_digest_in_any_image(host: LazyHost, origin: Ori
     host.run(script)
 
     assert _asked(origin) == Counter([2, 5, 6])
+
+
+def test_a_full_cache_stops_the_background_not_a_guest(
+    host: LazyHost, origin: OriginServer
+) -> None:
+    """What nobody waits for needs room below the cache's limit; what a guest reads comes at once."""
+    identifier = host.add(IMAGE, entry_of(IMAGE, origin.add("/image", IMAGE)))
+
+    def full(size_bytes: int) -> None:
+        raise NoSpace("no-space", f"{size_bytes} bytes are too many.")
+
+    host.room = CacheSpace(host.state_dir, 0, limit=full)
+
+    async def script(fetcher: ChunkFetcher) -> None:
+        with pytest.raises(NoSpace):
+            await fetcher.bring(identifier, [0, 1])
+        assert await host.images.reader(identifier).read(0, 10) == IMAGE[:10]
+
+    host.run(script)
+
+    assert _asked(origin) == Counter([0])
+
+
+def test_who_knows_another_way_asks_each_origin_once(host: LazyHost, origin: OriginServer) -> None:
+    """An impatient request fails at once, and takes nothing from a guest that waits for the same."""
+    resource = Resource(IMAGE, faults=deque([Fault(status=503)] * 2))
+    identifier = host.add(IMAGE, entry_of(IMAGE, origin.add("/image", resource)))
+
+    async def script(fetcher: ChunkFetcher) -> None:
+        with pytest.raises(OriginFailed):
+            await fetcher.fetch(identifier, 0, patient=False)
+        assert [request.status for request in origin.log] == [503]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_refused, fetcher, identifier)
+            await trio.testing.wait_all_tasks_blocked()
+            assert await host.images.reader(identifier).read(0, 10) == IMAGE[:10]
+
+    host.run(script)
+
+    assert [request.status for request in origin.log] == [503, 503, 206]
+
+
+async def _refused(fetcher: ChunkFetcher, identifier: str) -> None:
+    with pytest.raises(OriginFailed):
+        await fetcher.fetch(identifier, 0, patient=False)
 
 
 def test_completion_goes_on_where_a_process_died(host: LazyHost, origin: OriginServer) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,14 @@ from support.operation_host import IDENTIFIER, IMAGE, ROOT_CALLER, Host, operati
 from support.origins import Fault
 
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.cache.errors import Conflict, NotVerified, Refused
-from stratocache.fs import fetch_account, intents, inventory
+from stratocache.cache.errors import Conflict, NotFound, NotVerified, Refused
+from stratocache.cache.repair import Repairer
+from stratocache.cache.scrub import Scrub, Tally
+from stratocache.fs import cache_check, fetch_account, intents, inventory
+from stratocache.fs.keep_plan import eviction_plan
+from stratocache.fs.losses import RepairRecord
+from stratocache.fs.manifests import incomplete_manifests, published_manifests
+from stratocache.fs.offline_plan import weaknesses
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import LaunchRequest, Operation
 from stratocache.fs.schema import MIGRATIONS
@@ -279,6 +286,68 @@ def test_an_incomplete_image_that_a_disk_began_as_stays(host: Host) -> None:
         host.resource.blocked.set()
 
     host.run(script)
+
+
+class _Nowhere:
+    """No origin has anything."""
+
+    async def restore(self, identifier: str, index: int) -> None:
+        """Have nothing."""
+        raise NotFound("origin-none", f"Nobody has {identifier}.")
+
+    async def remake(self, identifier: str) -> None:
+        """Have nothing."""
+        raise NotFound("origin-none", f"Nobody has {identifier}.")
+
+
+def test_what_has_not_come_yet_is_no_loss(host: Host) -> None:
+    """Scrubber, check and plans know what is on its way, also of a snapshot that shares it."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 1
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        await trio.to_thread.run_sync(host.images.publish, "snapshot", manifest_of(IMAGE))
+        here = len(list(_chunk_files(host)))
+        assert here < CHUNKS
+        assert await _scrubbed(host) == (here, 2, 0)
+        assert cache_check.check(host.configuration).faults == []
+        [candidate] = eviction_plan(host.configuration, host.db)
+        assert candidate.kept_because == "still being fetched"
+        [weakness] = weaknesses(host.configuration, host.db)
+        assert (weakness.reason, weakness.missing_chunks) == (
+            "it is not complete yet",
+            CHUNKS - here,
+        )
+        assert host.resource.blocked is not None
+        host.resource.blocked.set()
+        data = await host.images.reader("snapshot").read(0, len(IMAGE))
+        assert data == IMAGE
+        await _state(host, "verified")
+
+    host.run(script)
+    assert list(weaknesses(host.configuration, host.db)) == []
+    assert not {"chunk.lost", "chunk.repaired"} & set(_events(host))
+
+
+async def _scrubbed(host: Host) -> tuple[int, int, int]:
+    """Return how many chunks and manifests a pass looked at, and how many it missed."""
+    tally = Tally()
+
+    async def note(_: Tally) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        record = RepairRecord(host.db, lambda: None)
+        scrub = Scrub(
+            host.images, Repairer(host.images, _Nowhere(), record, nursery), bytes_per_s=2**40,
+            published=partial(published_manifests, host.db),
+            incomplete=partial(incomplete_manifests, host.db), note=note,
+        )  # fmt: skip
+        await scrub.walk(tally)
+        scrub.close()
+    return tally.chunks, tally.manifests, tally.damaged
 
 
 def test_a_boot_is_learned_and_fetched_first_elsewhere(host: Host) -> None:

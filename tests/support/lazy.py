@@ -79,6 +79,7 @@ class LazyHost:
         )
         self.state_dir = state_dir
         self.entries: dict[str, Entry] = {}
+        self.room = CacheSpace(state_dir, 0)
         self.open()
 
     def open(self) -> None:
@@ -106,8 +107,7 @@ class LazyHost:
             async with httpx.AsyncClient(trust_env=False) as client, trio.open_nursery() as nursery:
                 fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, self.entries.get,
-                    CacheSpace(self.state_dir, 0),
-                    backoff=Backoff(base_s=0.01, limit_s=0.1), patience=Patience(0.5, 15),
+                    self.room, backoff=Backoff(base_s=0.01, limit_s=0.1), patience=Patience(0.5, 15),
                 )  # fmt: skip
                 self.images.set_supplier(Supply(self.images, fetcher, self._awaited))
                 with trio.fail_after(90):
