@@ -9,6 +9,7 @@ the database: a copy of `state.db` alone opens nothing.
 
 import base64
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -54,8 +55,12 @@ class SecretBox:
         return True
 
     def refresh(self) -> None:
-        """Read the key anew at the next use, as another process may have made one since."""
-        if self._key_file.exists():
+        """Read the key anew at the next use, as another process may have made one since.
+
+        A key that cannot be looked at now is believed to be the same.
+        """
+        with suppress(OSError):
+            self._key_file.stat()
             self._cipher = None
 
     def seal(self, attachment_id: str, secret: str) -> str:
