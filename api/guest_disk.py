@@ -8,7 +8,7 @@ that systemd-udevd's rules give (60-persistent-storage.rules, scsi_id(8)).
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from stratocache.cache.errors import Refused, StratocacheError
+from stratocache.cache.errors import Refused
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -25,8 +25,8 @@ _INTEGERS = frozenset({"lun", "timeout"})
 _SWITCHES = {"on": True, "off": False}
 
 
-class MachineGone(StratocacheError):
-    """The machine does not run, so it has no disks."""
+class MachineGone(Exception):
+    """The machine does not run, so it has no disks; each kind of machine has its error of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ the database: a copy of `state.db` alone opens nothing.
 
 import base64
 import os
+from contextlib import suppress
 from pathlib import Path
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from typing import TYPE_CHECKING
 
 from stratocache.cache.errors import Internal
+
+if TYPE_CHECKING:  # blocks are served before it is needed
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -54,8 +56,12 @@ class SecretBox:
         return True
 
     def refresh(self) -> None:
-        """Read the key anew at the next use, as another process may have made one since."""
-        if self._key_file.exists():
+        """Read the key anew at the next use, as another process may have made one since.
+
+        A key that cannot be looked at now is believed to be the same.
+        """
+        with suppress(OSError):
+            self._key_file.stat()
             self._cipher = None
 
     def seal(self, attachment_id: str, secret: str) -> str:
@@ -66,6 +72,8 @@ class SecretBox:
 
     def open(self, attachment_id: str, sealed: str) -> str:
         """Return what was sealed for an attachment; raises `Internal` (`secret-unreadable`)."""
+        from cryptography.exceptions import InvalidTag
+
         try:
             content = base64.b64decode(sealed, validate=True)
             nonce, text = content[:_NONCE_BYTES], content[_NONCE_BYTES:]
@@ -78,6 +86,8 @@ class SecretBox:
             ) from error
 
     def _decrypt(self, nonce: bytes, text: bytes, about: bytes) -> bytes:
+        from cryptography.exceptions import InvalidTag
+
         known = self._cipher is not None
         try:
             return self._load().decrypt(nonce, text, about)
@@ -87,7 +97,9 @@ class SecretBox:
             self._cipher = None  # another process may have made a new key since
             return self._load().decrypt(nonce, text, about)
 
-    def _load(self) -> AESGCM:
+    def _load(self) -> "AESGCM":
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         if self._cipher is None:
             self._cipher = AESGCM(self._key_file.read_bytes())
         return self._cipher
