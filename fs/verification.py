@@ -17,7 +17,7 @@ from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
 from stratocache.fs.intents import add_operation
 from stratocache.fs.operations import finish
-from stratocache.fs.provisional import ProvisionalImages
+from stratocache.fs.provisional import ProvisionalImages, rejected
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.state import Database
 
@@ -53,13 +53,15 @@ class Verification:
     async def perform(self, operation: Operation, report: Report) -> None:
         """Verify an image, once it is complete; the result counts chunks, damaged and repaired ones.
 
-        Raises `NotVerified` (`image-damaged`, `image-differs`), `NotFound`, and why an image cannot
-        be completed.
+        Raises `NotVerified` (`image-damaged`, `image-differs`, `image-rejected`), `NotFound`, and why
+        an image cannot be completed.
         """
         image = inventory.image(self._db, operation.subject)
         if image.state == "provisional":
             await self._provisional.wait(image.id, report)
             image = inventory.image(self._db, image.id)
+        if image.state == "rejected":
+            raise rejected(image)
         if image.state != "verified":
             raise NotFound("image-unknown", f"Image {image.id} is {image.state}; try again.")
         self._repairer.forgive()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from support.lazy import index_of, manifest_of
 from support.operation_host import IDENTIFIER, IMAGE, ROOT_CALLER, Host, operation_host
 from support.origins import Fault
@@ -28,6 +29,7 @@ from stratocache.fs.operations import Operations
 from stratocache.fs.records import LaunchRequest, Operation
 from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.state import Database
+from stratocache.fs.verification import Verification, request_verification
 
 CHUNKS = manifest_of(IMAGE).chunk_count
 
@@ -329,6 +331,30 @@ def test_what_has_not_come_yet_is_no_loss(host: Host) -> None:
     host.run(script)
     assert list(weaknesses(host.configuration, host.db)) == []
     assert not {"chunk.lost", "chunk.repaired"} & set(_events(host))
+
+
+def test_verifying_completes_first(host: Host) -> None:
+    """Who asks for an image to be verified gets one that needs no origin any more, unrepaired."""
+    _publish(host)
+    host.resource.blocked, host.resource.free = threading.Event(), 1
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        operation = request_verification(host.db, ROOT_CALLER, IDENTIFIER)
+        async with trio.open_nursery() as nursery:
+            record = RepairRecord(host.db, lambda: None)
+            repairer = Repairer(host.images, _Nowhere(), record, nursery)
+            assert host.provisional is not None and host.resource.blocked is not None
+            verification = Verification(host.db, host.images, repairer, host.provisional)
+            nursery.start_soon(verification.perform, operation, lambda done, total: None)
+            await trio.testing.wait_all_tasks_blocked()
+            host.resource.blocked.set()
+        ended = inventory.operation(host.db, operation.id)
+        assert (ended.state, ended.result) == ("done", {"chunks": CHUNKS, "repaired": 0})
+
+    host.run(script)
+    assert inventory.image(host.db, IDENTIFIER).state == "verified"
 
 
 async def _scrubbed(host: Host) -> tuple[int, int, int]:
