@@ -304,7 +304,8 @@ class OpeningGate:
                 await (await self._expected()).supply(name, index, digest)
             return await trio.to_thread.run_sync(self._chunks.open, digest)
         except (StratocacheError, OSError) as error:
-            if opening.remote:
+            # a verdict may be about this manifest alone, and costs no time
+            if opening.remote and not isinstance(error, NotVerified):
                 opening.error = error
             raise
 
