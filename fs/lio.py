@@ -85,15 +85,7 @@ def _actual(item: dict[str, Any]) -> ActualTarget:
 
 def _check(target: Target) -> None:
     """Refuse what configfs would cut or read as something else."""
-    values = {
-        "iqn": target.iqn,
-        "backing": str(target.backing),
-        "serial": target.serial,
-        "chap_username": target.chap_username,
-        "chap_secret": target.chap_secret,
-        "initiator": target.initiator or "",
-    }
-    for name, value in values.items():
+    for name, value in target.texts.items():
         if (
             not value.isprintable()
             or value != value.strip()

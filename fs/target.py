@@ -42,6 +42,18 @@ class Target:
     thin_provisioned: bool = False
     """Whether the guest may give space back (UNMAP), by holes in the file."""
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """By name what a daemon is told as text, each of which its syntax must be able to carry."""
+        return {
+            "iqn": self.iqn,
+            "backing": str(self.backing),
+            "serial": self.serial,
+            "chap_username": self.chap_username,
+            "chap_secret": self.chap_secret,
+            "initiator": self.initiator or "",
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ActualTarget:

@@ -293,15 +293,7 @@ def _acl_entry(name: str) -> str:
 
 def _check(target: Target) -> None:
     """Refuse what tgtd's comma-separated parameters cannot carry."""
-    values = {
-        "iqn": target.iqn,
-        "backing": str(target.backing),
-        "serial": target.serial,
-        "chap_username": target.chap_username,
-        "chap_secret": target.chap_secret,
-        "initiator": target.initiator or "",
-    }
-    for name, value in values.items():
+    for name, value in target.texts.items():
         if _UNFIT.search(value):
             raise InvalidInput(
                 "target-value-unfit",

@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_TESTS), str(_TESTS.parent / "packaging" / "demo")]
 
 from bench import images, iscsi, launches, lazy, listing, pool, scrub
 from bench.result import Result

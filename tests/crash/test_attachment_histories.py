@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.attachment_world import Key, MemoryWorld, TgtWorld
-from support.crashing import CrashingDatabase, Fuse, is_crash
+from support.crashing import CrashingDatabase, Fuse, fresh_configuration, is_crash
 from trio.testing import MockClock
 
 from stratocache.cache.chunks import ChunkStore
-from stratocache.cache.configuration import Configuration, SpaceSettings
 from stratocache.cache.errors import Conflict, NotFound
 from stratocache.cache.images import ImageStore
 from stratocache.fs import disk_intents, intents, inventory, leases, migrations
@@ -53,13 +52,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="stratocache-attachments-"))
-        self.configuration = Configuration(
-            state_dir=self.root / "state",
-            run_dir=self.root / "run",
-            space=SpaceSettings(reserve_bytes=0),
-        )
-        self.configuration.state_dir.mkdir()
-        self.configuration.run_dir.mkdir()
+        self.configuration = fresh_configuration(self.root)
         self.fuse = Fuse()
         self.db = CrashingDatabase(self.configuration.database, self.fuse)
         self.db.migrate()

@@ -19,12 +19,13 @@ from support.crashing import (
     Fuse,
     chosen,
     dying,
+    fresh_configuration,
     is_crash,
 )
 from support.disk_daemon import DiskDaemon
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
-from stratocache.cache.configuration import Configuration, SpaceSettings
+from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.cache.errors import Conflict, StratocacheError
 from stratocache.cache.images import ImageStore
@@ -107,13 +108,7 @@ class Crashes(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="stratocache-reconciler-"))
-        self.configuration = Configuration(
-            state_dir=self.root / "state",
-            run_dir=self.root / "run",
-            space=SpaceSettings(reserve_bytes=0),
-        )
-        self.configuration.state_dir.mkdir()
-        self.configuration.run_dir.mkdir()
+        self.configuration = fresh_configuration(self.root)
         self.fuse = Fuse()
         self.targets = CrashingTargets(self.fuse)
         self.db = CrashingDatabase(self.configuration.database, self.fuse)

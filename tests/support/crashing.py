@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stratocache.cache.chunks import ChunkStore
+from stratocache.cache.configuration import Configuration, SpaceSettings
 from stratocache.cache.images import ImageStore
 from stratocache.fs.state import Database
 from stratocache.fs.target import ActualTarget, Target
@@ -30,6 +31,18 @@ class Fuse:
             if self.left <= 0:
                 raise Crash
             self.left -= 1
+
+
+def fresh_configuration(root: Path) -> Configuration:
+    """Return a configuration whose directories are made below `root`, without a reserve of space."""
+    made = Configuration(
+        state_dir=root / "state",
+        run_dir=root / "run",
+        space=SpaceSettings(reserve_bytes=0),
+    )
+    made.state_dir.mkdir()
+    made.run_dir.mkdir()
+    return made
 
 
 class CrashingDatabase(Database):
