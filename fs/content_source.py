@@ -55,8 +55,9 @@ class FileSource:
                 yield file.pread(length, offset) if has_data else _zeros(length)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file, once: its number may be another file's afterwards."""
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
 
 class ManifestSource:

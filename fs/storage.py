@@ -196,8 +196,12 @@ class OpenFile:
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._descriptor)
+        """Close the descriptor, once: a second time is EBADF.
+
+        Whoever comes later must not meet another file that has got the same number.
+        """
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
 
 class FileStorage:

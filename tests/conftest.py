@@ -3,11 +3,13 @@
 `make test` draws the same examples every time; `make crash`, which sets CRASH_ROUNDS, new ones.
 """
 
+import errno
 import os
 import re
 import signal
 import sqlite3
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +43,25 @@ def pytest_exception_interact(
         if isinstance(error, sqlite3.Error) and hasattr(error, "sqlite_errorname"):
             report.sections.append(("SQLite", error.sqlite_errorname))
         error = error.__cause__ or error.__context__
+
+
+@pytest.fixture(autouse=True)
+def closed_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Fail a test that closes a descriptor twice: the second time it may be another file's."""
+    failures: list[str] = []
+    close = os.close
+
+    def close_once(descriptor: int) -> None:
+        try:
+            close(descriptor)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                failures.append("".join(traceback.format_stack(limit=8)))
+            raise
+
+    monkeypatch.setattr(os, "close", close_once)
+    yield failures
+    assert not failures, "\n".join(["closed twice:", *failures])
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

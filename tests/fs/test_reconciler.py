@@ -45,6 +45,12 @@ class CrashingOverlay(Overlay):
     """The real engine in a process that may die around each change of its layers."""
 
     fuse: Fuse
+    opened: set[Overlay]
+
+    def close(self) -> None:
+        """As the real one, and dying need not."""
+        self.opened.discard(self)
+        super().close()
 
     async def freeze(self) -> None:
         """As the real one."""
@@ -80,7 +86,7 @@ class CrashingDisks(DiskStore):
     def __init__(self, configuration: Configuration, fuse: Fuse) -> None:
         super().__init__(configuration.state_dir, configuration.run_dir)
         self.fuse = fuse
-        self.opened: list[Overlay] = []
+        self.opened: set[Overlay] = set()
         for name in (
             "create_blank", "create_clone", "clone_raw_snapshot", "delete", "adopt_overlay",
             "rollback_overlay", "finish_promotion", "freeze_raw", "grow_raw", "snapshot_raw",
@@ -92,14 +98,14 @@ class CrashingDisks(DiskStore):
         """As the real one."""
         overlay = CrashingOverlay(self.files(uuid), base_reader_of)
         overlay.fuse = self.fuse
-        self.opened.append(overlay)
+        overlay.opened = self.opened
+        self.opened.add(overlay)
         return overlay
 
     def die(self) -> None:
         """Close what is open, as the kernel does when a process ends."""
-        for overlay in self.opened:
-            with suppress(OSError, ValueError):
-                overlay.close()
+        for overlay in list(self.opened):
+            overlay.close()
 
 
 class Crashes(RuleBasedStateMachine):
