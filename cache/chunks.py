@@ -207,7 +207,7 @@ class ChunkStore:
     def _open_file(self, digest: bytes) -> ChunkDescriptor:
         try:
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = ChunkDescriptor(os.open(self.path(digest), flags))
+            descriptor = ChunkDescriptor(_tried_again(os.open, self.path(digest), flags))
         except FileNotFoundError:
             self.distrust(digest)
             raise _missing(digest) from None
@@ -231,7 +231,7 @@ class ChunkStore:
         """
         inode: int | None
         try:
-            content, inode = _read_medium(self.path(digest))
+            content, inode = _tried_again(_read_medium, self.path(digest))
         except FileNotFoundError:
             self.distrust(digest)
             raise _missing(digest) from None
@@ -361,7 +361,7 @@ class ChunkStore:
     def _verify(self, digest: bytes, descriptor: ChunkDescriptor) -> bool:
         """Tell whether a file has its digest; False when another has taken its place meanwhile."""
         try:
-            data = os.pread(descriptor, CHUNK_BYTES + 1, 0)
+            data = _tried_again(os.pread, descriptor, CHUNK_BYTES + 1, 0)
         except OSError as error:
             if error.errno not in _DAMAGE:
                 raise
@@ -407,6 +407,18 @@ def _corrupt(digest: bytes) -> NotVerified:
         f"Chunk {digest.hex()} no longer has its digest and went to quarantine; "
         "check the disk for errors and fetch its image again.",
     )
+
+
+def _tried_again(call: Callable[..., _T], *arguments: object) -> _T:
+    """Call, and once more after an error of the medium: one that passes must not cost a chunk that
+    perhaps no origin has any more."""
+    try:
+        return call(*arguments)
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        log.warning("a chunk is tried once more: %s", error)
+        return call(*arguments)
 
 
 def _read_medium(path: Path) -> tuple[memoryview, int]:

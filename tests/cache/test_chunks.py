@@ -1,5 +1,6 @@
 """The chunk store: names, verification, quarantine, removal, the account."""
 
+import errno
 import hashlib
 import os
 import sqlite3
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import diskcache
 import pytest
+from support.failing_calls import FailingCalls
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore, zero_digest
 from stratocache.cache.errors import NotVerified
@@ -86,6 +88,40 @@ def test_a_corrupt_chunk_goes_to_quarantine(chunks: ChunkStore, state_dir: Path)
     assert chunks.statistics().chunks == 0
     assert chunks.put(digest, data)
     assert os.pread(chunks.open(digest), CHUNK_BYTES, 0) == data
+
+
+def test_an_error_of_the_medium_that_passes_costs_no_chunk(
+    chunks: ChunkStore, state_dir: Path
+) -> None:
+    """A chunk whose file cannot be opened, or read, just once is given and inspected all the same."""
+    digest, data = _chunk(14)
+    chunks.put(digest, data)
+    for read, numbers in ((chunks.open, (0, 2)), (chunks.inspect, (0, 1))):
+        for number in numbers:
+            chunks.distrust(digest)
+            calls = FailingCalls([state_dir / "chunks"], number, errno.EIO)
+            with calls.armed():
+                read(digest)
+            assert calls.failed is not None
+            assert calls.failed.startswith(("open", "pread")), calls.failed
+    assert chunks.statistics().quarantined == 0
+
+
+def test_an_error_of_the_medium_that_stays_is_damage(
+    chunks: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that cannot be read when it is tried once more goes to quarantine."""
+    digest, data = _chunk(15)
+    chunks.put(digest, data)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(NotVerified) as failure:
+        chunks.open(digest)
+    assert failure.value.code == "chunk-corrupt"
+    assert digest not in chunks
 
 
 def test_an_overlong_chunk_is_corrupt(chunks: ChunkStore) -> None:
