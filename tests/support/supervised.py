@@ -265,6 +265,8 @@ def _serve_api(listen_fd: int, ready_fd: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: worker.kill())
         threading.Thread(target=server.serve_forever, daemon=True).start()
         os.write(ready_fd, b"R")
+        worker.wait()
+        server.shutdown()  # who was accepted is answered, as gunicorn does
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
