@@ -11,13 +11,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stratodemo.guest import Guest
 
+from stratocache.fs.supervisor_status import read_status
 from support.appliance import Appliance
-from support.writer import progress, slow_operations
+from support.guests import file_disk, system_image
+from support.publishing import publish_image
+from support.writer import compile_writer, progress, slow_operations, writer_script
 
 RECOVERY_TIMEOUT_S = 60
+BASE_BYTES = 12 * 1024**2
+DISK_BYTES = 16 * 1024**2
+_BOOT_TIMEOUT_S = 120
+_FINAL_TIMEOUT_S = 120
 _TOGETHER_S = 0.002
 _UPGRADE_S = (0.0, 6.0)
 _REST_S = (0.1, 1.2)
@@ -43,6 +51,44 @@ VICTIMS: tuple[tuple[str, ...], ...] = (
 _PROGRAMS = {"blockd": "stratocache.fs.blockd", "tgtd": "tgtd -f", "api": "stratocache.api.server"}
 
 
+@contextlib.contextmanager
+def busy_guest(directory: Path) -> Iterator[tuple[Appliance, Guest]]:
+    """Run an appliance, and a guest that writes, syncs and reads an overlay and a raw disk; at the
+    end the guest compares everything, see `writer.verdicts`."""
+    published = publish_image(directory / "published", BASE_BYTES)
+    with Appliance(
+        directory / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint
+    ) as appliance:
+        clone = {"reference": published.identifier, "size_bytes": DISK_BYTES}
+        disks = {
+            "overlay": _attached(appliance, clone),
+            "raw": _attached(appliance, {"size_bytes": DISK_BYTES}),
+        }
+        drives = [
+            *file_disk(system_image(), boot=True, readonly=True),
+            *file_disk(compile_writer(directory), readonly=True),
+            *disks["overlay"],
+            *disks["raw"],
+        ]
+        with Guest(drives, writer_script(list(disks))) as guest:
+            guest.wait_for("begun", _BOOT_TIMEOUT_S)
+            yield appliance, guest
+            guest.send("stop")
+            guest.finish(_FINAL_TIMEOUT_S)
+
+
+def _attached(appliance: Appliance, request: dict[str, Any]) -> list[str]:
+    """Create and attach a disk; return QEMU's arguments, which tell the guest of every error."""
+    status, disk = appliance.request("POST", "/v1/disks", request)
+    assert status == 201, disk
+    path = f"/v1/disks/{disk['uuid']}/attachments"
+    status, attachment = appliance.request("POST", path, {"instance": disk["uuid"]})
+    assert status == 201, attachment
+    arguments: list[str] = attachment["qemu_args"]
+    return [word.replace("werror=stop,rerror=stop", "werror=report,rerror=report")
+            for word in arguments]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """One round: who was killed, and when, in seconds after the start of the guest."""
@@ -57,24 +103,28 @@ class Assassin:
     The supervisor is started again at once, as an init system does; nothing else is.
     """
 
-    def __init__(self, appliance: Appliance, guest: Guest, chance: random.Random) -> None:
+    def __init__(
+        self, appliance: Appliance, guest: Guest, chance: random.Random,
+        victims: Sequence[tuple[str, ...]] = VICTIMS, again_chance: float = _AGAIN_CHANCE,
+    ) -> None:  # fmt: skip
         self._appliance = appliance
         self._guest = guest
-        self._guest_started = time.monotonic()
         self._chance = chance
+        self._victims = victims
+        self._again_chance = again_chance
         self.rounds: list[Round] = []
 
     def play(self, rounds: int) -> None:
         """Play rounds with the victims in turn; now and then a second blow meets the recovery."""
         for number in range(rounds):
             time.sleep(self._chance.uniform(*_REST_S))
-            victims = VICTIMS[number % len(VICTIMS)]
+            victims = self._victims[number % len(self._victims)]
             label = "+".join(victims)
-            at_s = time.monotonic() - self._guest_started
+            at_s = time.monotonic() - self._guest.started_s
             self._strike(victims)
-            if number >= len(VICTIMS) and self._chance.random() < _AGAIN_CHANCE:
+            if number >= len(self._victims) and self._chance.random() < self._again_chance:
                 time.sleep(self._chance.uniform(*_AGAIN_S))
-                self._strike(self._chance.choice(VICTIMS))
+                self._strike(self._chance.choice(self._victims))
                 label = "twice"
             self.rounds.append(Round(label, at_s))
             self._wait_until_well(label)
@@ -126,13 +176,20 @@ class Assassin:
             )  # fmt: skip
 
     def _wait_until_well(self, label: str) -> None:
-        """Return when the API is ready and every thread of the guest gets on."""
+        """Return when the API is ready, the next blockd waits, and every thread of the guest gets on.
+
+        What a blow in the middle of a recovery does is for the second blows to show.
+        """
         deadline = time.monotonic() + RECOVERY_TIMEOUT_S
-        while not self._appliance.ready():
+        while not (self._appliance.ready() and self._has_spare()):
             self._check(deadline, label)
-        since_s = time.monotonic() - self._guest_started
+        since_s = time.monotonic() - self._guest.started_s
         while not self._gets_on(since_s):
             self._check(deadline, label)
+
+    def _has_spare(self) -> bool:
+        status = read_status(self._appliance.run_dir / "supervisor.json")
+        return status is not None and status.children["spare"].ready
 
     def _gets_on(self, since_s: float) -> bool:
         ticks = [counts for at_s, counts in progress(self._guest.console) if at_s > since_s]
@@ -180,8 +237,13 @@ def pause_table(pauses: dict[tuple[str, str], list[float]]) -> Iterator[str]:
     yield f"{'killed':34} {'disk':8} {'rounds':>6} {'median':>7} {'p99':>7} {'max':>7}"
     for (label, disk), waits in sorted(pauses.items()):
         ordered = sorted(waits)
-        p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+        p99 = percentile_99(waits)
         yield (
             f"{label:34} {disk:8} {len(waits):6} {statistics.median(waits):7.2f} "
             f"{p99:7.2f} {ordered[-1]:7.2f}"
         )
+
+
+def percentile_99(waits: Sequence[float]) -> float:
+    """Return the wait that one in a hundred exceeds; of fewer than a hundred the longest."""
+    return sorted(waits)[min(len(waits) - 1, int(len(waits) * 0.99))]

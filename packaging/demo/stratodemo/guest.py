@@ -61,7 +61,8 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._started = 0.0
+        self.started_s = 0.0
+        """When QEMU was started, by time.monotonic(); the console's times count from there."""
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="guest-")
@@ -76,7 +77,7 @@ class Guest:
         except OSError:
             self._folder.cleanup()
             raise
-        self._started = time.monotonic()
+        self.started_s = time.monotonic()
         self._reader = threading.Thread(target=self._read_console, name=self.name, daemon=True)
         self._reader.start()
         return self
@@ -180,7 +181,7 @@ class Guest:
         assert self._running.stdout is not None
         for raw in self._running.stdout:
             line = ConsoleLine(
-                time.monotonic() - self._started,
+                time.monotonic() - self.started_s,
                 raw.decode(errors="replace").rstrip("\r\n"),
             )
             with self._news:
