@@ -27,6 +27,12 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class EndorserSettings(_Table):
+    """What is different for one endorser of a catalogue."""
+
+    provisional: Literal["refuse", "allow"]
+
+
 class CatalogueSettings(_Table):
     """One catalogue: where it is and whom it is believed."""
 
@@ -42,6 +48,14 @@ class CatalogueSettings(_Table):
     """PEM bundle of authorities whose certificates endorsers may use."""
     preferred_endorsers: tuple[str, ...] = ()
     """E-mail addresses, most preferred first; others follow."""
+    provisional: Literal["refuse", "allow"] = "refuse"
+    """Whether launches that ask for it may use an image that no chunk index proves before the
+    digest of the whole is proven. With an index they always may: each chunk is proven."""
+    endorsers: dict[
+        Annotated[str, Field(pattern=r"^([^@\s]+@[^@\s]+|([0-9A-Fa-f]{2}:?){32})$")],
+        EndorserSettings,
+    ] = {}
+    """By e-mail address, or by the SHA-256 fingerprint of a certificate, which goes before it."""
 
 
 class FetchSettings(_Table):

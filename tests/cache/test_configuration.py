@@ -195,3 +195,11 @@ def test_configuration_is_frozen_and_survives_json(tmp_path: Path) -> None:
     with pytest.raises(ValidationError):
         configuration.log_level = "error"
     assert Configuration.model_validate_json(configuration.model_dump_json()) == configuration
+
+
+def test_endorsers_are_addresses_or_fingerprints(tmp_path: Path) -> None:
+    """A name that can be no endorser's is refused, so that a slip does not leave a rule unused."""
+    text = '[catalogues.c]\nendpoint = "http://h"\n[catalogues.c.endorsers."{}"]\nprovisional = "allow"\n'
+    found = load(written(tmp_path, text.format("a@example.org")), environment={})
+    assert found.catalogues["c"].endorsers["a@example.org"].provisional == "allow"
+    assert refused(written(tmp_path, text.format("jane"))).code == "configuration-invalid"
