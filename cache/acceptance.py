@@ -31,7 +31,7 @@ _COMPRESSIONS: dict[str, Compression] = {
     "zst": "zst", "zstd": "zst",
 }  # fmt: skip
 _FORMATS: dict[str, ImageFormat] = {"raw": "raw", "qcow2": "qcow2"}
-_STRONG_DIGESTS = ("sha256", "sha512")
+STRONG_DIGESTS = ("sha256", "sha512")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def describe(endorsed: Endorsed, *, endpoint: str, now: datetime) -> Entry:
         now,
     )
     locations = _usable_locations(metadata.locations, endpoint)
-    if not any(algorithm in metadata.digests for algorithm in _STRONG_DIGESTS):
+    if not any(algorithm in metadata.digests for algorithm in STRONG_DIGESTS):
         raise Refused(
             "digest-too-weak",
             f"The entry gives only {', '.join(sorted(metadata.digests))} digests; "

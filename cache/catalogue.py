@@ -4,10 +4,16 @@ Every document of a catalogue's answer is judged by itself. Of those that pass, 
 endorsement speaks for that endorser (so a deprecation hides what was said before), and the first of
 the preferred endorsers wins, then the newest. When nothing passes, the reason of the document that
 came furthest is the error.
+
+Of an image that was fetched, `standing` says whether its catalogue still has the entry. Only two
+answers speak against it: a deprecation that its endorser signed, and that the catalogue, well able
+to answer, lists nothing of that endorser. Whatever else goes wrong says nothing.
 """
 
 import logging
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 import httpx
 import trio
@@ -25,6 +31,20 @@ from stratocache.cache.selection import Selection
 log = logging.getLogger(__name__)
 
 _READ, _JUDGED, _DESCRIBED = range(3)
+_STRENGTHS = ("current", "taken-back", "unknown", "unlisted")
+"""Of two answers the first in this order counts."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a catalogue says today of an image that was fetched by one of its entries."""
+
+    verdict: Literal["current", "unlisted", "taken-back", "unknown"]
+    """`taken-back` is signed; `unlisted` is what a broken server may say, too."""
+    entry: Entry | None = None
+    """When current, what may be used from now on instead of the stored entry, if there is such."""
+    reason: str = ""
+    """What else it says, a sentence."""
 
 
 class Catalogues:
@@ -51,6 +71,29 @@ class Catalogues:
         )
         choice = _Choice(wanted, selection, settings, now)
         return await trio.to_thread.run_sync(choice.make, answers)
+
+    async def standing(self, entry: Entry, *, now: datetime) -> Standing:
+        """Ask the catalogue of a stored entry what it says of it at the time `now`.
+
+        Its own endorser is asked about first; when that one does not stand by the image any more,
+        any other that the site accepts may. Raises `OriginFailed` (`catalogue-unreachable`) and
+        `NotFound` (`catalogue-unknown`).
+        """
+        own = await self._standing(entry, entry.endorser.email, now)
+        if own.verdict == "current":
+            return own
+        all_of_it = await self._standing(entry, None, now)
+        return min(own, all_of_it, key=lambda standing: _STRENGTHS.index(standing.verdict))
+
+    async def _standing(self, entry: Entry, email: str | None, now: datetime) -> Standing:
+        settings = self._settings(entry.catalogue)
+        selection = Selection(entry.identifier, email)
+        answers = await read_answers(
+            settings.endpoint, selection, self._client, self._configuration.fetch, certain=True
+        )
+        path = "/".join(selection.segments)
+        choice = _Choice(Reference(entry.catalogue, path), selection, settings, now)
+        return await trio.to_thread.run_sync(choice.standing, entry, answers)
 
     def recheck(self, entry: Entry, *, now: datetime) -> None:
         """Judge a stored entry by today's configuration and clock; see `acceptance.recheck`.
@@ -80,6 +123,10 @@ class _Choice:
         self._settings = settings
         self._now = now
         self._faults: list[tuple[int, StratocacheError]] = []
+        self._legible = True
+        self._claimants: set[str] = set()
+        self._deprecations: dict[str, tuple[datetime, str]] = {}
+        """By endorsers' e-mail addresses, when they took the image back, and why."""
 
     def make(self, answers: list[Answer]) -> Entry:
         """Return the entry to use; raises the most telling reason when there is none."""
@@ -105,18 +152,44 @@ class _Choice:
             field="reference",
         )
 
+    def standing(self, entry: Entry, answers: list[Answer]) -> Standing:
+        """Return what the answers say of a stored entry."""
+        try:
+            found = self.make(answers)
+        except StratocacheError as error:
+            email = entry.endorser.email.lower()
+            taken_back_at, reason = self._deprecations.get(email, (None, ""))
+            if taken_back_at is not None and taken_back_at >= entry.endorsed_at:
+                return Standing("taken-back", reason=reason)
+            unlisted = self._legible and email not in self._claimants
+            return Standing("unlisted" if unlisted else "unknown", reason=error.message)
+        if not _same_content(entry, found):
+            return Standing(
+                "unknown", reason=f"{found.source} describes another image by this name."
+            )
+        same = found.model_copy(update={"source": entry.source}) == entry
+        return Standing("current", None if same else found)
+
     def _documents(self, answer: Answer) -> list[Document]:
         try:
             return document.parse(answer.data)
         except StratocacheError as error:
             self._reject(_READ, answer.source, error)
+            self._legible = False
             return []
 
     def _judge(self, candidate: Document, source: str) -> Endorsed | None:
         try:
             claimed = constraints.check(candidate, allow_unendorsed=True)
+        except StratocacheError as error:
+            self._reject(_JUDGED, source, error)
+            self._legible = False
+            return None
+        try:
             if not self._selection.includes(claimed.identifier, claimed.endorsement):
                 return None
+            if claimed.endorsement is not None:
+                self._claimants.add(claimed.endorsement.email.lower())
             return acceptance.judge(
                 candidate, catalogue=self._wanted.catalogue, settings=self._settings, source=source
             )
@@ -129,6 +202,9 @@ class _Choice:
             entry = acceptance.describe(candidate, endpoint=self._settings.endpoint, now=self._now)
             acceptance.check_pin(entry, self._wanted.pin)
         except StratocacheError as error:
+            if error.code == "entry-deprecated":
+                said = (candidate.endorsement.created, error.message)
+                self._deprecations[candidate.endorsement.email.lower()] = said
             self._reject(_DESCRIBED, candidate.source, error)
             return None
         return entry
@@ -155,3 +231,14 @@ def _newest_of_each(endorsed: list[Endorsed]) -> list[Endorsed]:
         subject = distinguished_name.of_certificate(candidate.signer.certificate.subject)
         newest[candidate.endorsement.email.lower(), subject] = candidate
     return list(newest.values())
+
+
+def _same_content(entry: Entry, other: Entry) -> bool:
+    """Tell whether two entries promise the same image, by a digest that nobody can forge."""
+    strong = [
+        (entry.digests[name], other.digests[name])
+        for name in acceptance.STRONG_DIGESTS
+        if name in entry.digests and name in other.digests
+    ]
+    agree = bool(strong) and all(mine == theirs for mine, theirs in strong)
+    return agree and (entry.size_bytes, entry.format) == (other.size_bytes, other.format)

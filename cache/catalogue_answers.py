@@ -29,11 +29,18 @@ class Answer:
 
 
 async def read_answers(
-    endpoint: str, selection: Selection, client: httpx.AsyncClient, limits: FetchSettings
+    endpoint: str,
+    selection: Selection,
+    client: httpx.AsyncClient,
+    limits: FetchSettings,
+    *,
+    certain: bool = False,
 ) -> list[Answer]:
     """Return what the catalogue has; nothing when it does not know the image.
 
-    Raises `OriginFailed` with code `catalogue-unreachable`.
+    When it does not list the image it is asked once more, for what expired or was deprecated; that
+    it has nothing such either is `certain` only if it says so. Raises `OriginFailed` with code
+    `catalogue-unreachable`.
     """
     base = reference.endpoint_base(endpoint)
     parts = urlsplit(base)
@@ -48,6 +55,8 @@ async def read_answers(
         try:
             answer = await _get(f"{url}?status=all", client, limits)
         except OriginFailed:
+            if certain:
+                raise
             return []
     return [] if answer is None else [answer]
 
