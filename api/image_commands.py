@@ -162,7 +162,7 @@ def mount(session: Session, image_id: str, directory: Path, partition: int | Non
     from stratocache.fs.partition import mount_image
 
     document = session.client.get(_path(image_id))
-    if document["state"] not in ("provisional", "verified"):
+    if document["state"] not in ("provisional", "verified", "withdrawn"):
         raise Conflict("image-busy", f"Image {image_id} is {document['state']}; try again later.")
     block_file = session.configuration.blocks / "images" / document["id"]
     mounted = mount_image(block_file, directory, partition)

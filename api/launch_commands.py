@@ -37,6 +37,10 @@ _PORTS = 8
     help="Attach this image too, read-only.",
 )  # fmt: skip
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
+@click.option(
+    "--provisional", is_flag=True,
+    help="Take an image that no index proves before it is verified, if its endorser may be trusted.",
+)  # fmt: skip
 @lease_option
 @click.option(
     "--print", "format_", type=click.Choice(["json", "xml", "qemu"]),

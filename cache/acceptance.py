@@ -18,7 +18,14 @@ from cryptography.hazmat.primitives import hashes
 from stratocache.cache import constraints, distinguished_name, policy, signature
 from stratocache.cache.configuration import CatalogueSettings
 from stratocache.cache.document import Document
-from stratocache.cache.entry import Compression, EndorsedIndex, Endorser, Entry, ImageFormat
+from stratocache.cache.entry import (
+    STRONG_DIGESTS,
+    Compression,
+    EndorsedIndex,
+    Endorser,
+    Entry,
+    ImageFormat,
+)
 from stratocache.cache.errors import NotVerified, Refused
 from stratocache.cache.metadata import DATE_FORMAT, Endorsement, Metadata
 
@@ -31,7 +38,6 @@ _COMPRESSIONS: dict[str, Compression] = {
     "zst": "zst", "zstd": "zst",
 }  # fmt: skip
 _FORMATS: dict[str, ImageFormat] = {"raw": "raw", "qcow2": "qcow2"}
-STRONG_DIGESTS = ("sha256", "sha512")
 
 
 @dataclass(frozen=True, eq=False)

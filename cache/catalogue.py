@@ -23,7 +23,7 @@ from stratocache.cache.acceptance import Endorsed
 from stratocache.cache.catalogue_answers import Answer, read_answers
 from stratocache.cache.configuration import CatalogueSettings, Configuration
 from stratocache.cache.document import Document
-from stratocache.cache.entry import Entry
+from stratocache.cache.entry import Entry, same_content
 from stratocache.cache.errors import NotFound, StratocacheError
 from stratocache.cache.reference import Reference
 from stratocache.cache.selection import Selection
@@ -163,7 +163,7 @@ class _Choice:
                 return Standing("taken-back", reason=reason)
             unlisted = self._legible and email not in self._claimants
             return Standing("unlisted" if unlisted else "unknown", reason=error.message)
-        if not _same_content(entry, found):
+        if not same_content(entry, found):
             return Standing(
                 "unknown", reason=f"{found.source} describes another image by this name."
             )
@@ -231,14 +231,3 @@ def _newest_of_each(endorsed: list[Endorsed]) -> list[Endorsed]:
         subject = distinguished_name.of_certificate(candidate.signer.certificate.subject)
         newest[candidate.endorsement.email.lower(), subject] = candidate
     return list(newest.values())
-
-
-def _same_content(entry: Entry, other: Entry) -> bool:
-    """Tell whether two entries promise the same image, by a digest that nobody can forge."""
-    strong = [
-        (entry.digests[name], other.digests[name])
-        for name in acceptance.STRONG_DIGESTS
-        if name in entry.digests and name in other.digests
-    ]
-    agree = bool(strong) and all(mine == theirs for mine, theirs in strong)
-    return agree and (entry.size_bytes, entry.format) == (other.size_bytes, other.format)

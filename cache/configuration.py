@@ -129,6 +129,18 @@ class ScrubSettings(_Table):
     """From the beginning of one pass to that of the next."""
 
 
+class RecheckSettings(_Table):
+    """Asking catalogues again about images that are here, to learn which ones they took back."""
+
+    interval_s: Annotated[float, Field(gt=0, le=366 * 86400)] = 6 * 3600
+    """Between two questions about the same image, a tenth more or less."""
+    confirm_s: Annotated[float, Field(ge=0, le=366 * 86400)] = 600
+    """How long an image must have been absent from its catalogue before that is believed. What its
+    endorser signed is believed at once."""
+    pause_s: Annotated[float, Field(ge=0, le=3600)] = 1
+    """Between two questions, whatever they are about."""
+
+
 class QuarantineSettings(_Table):
     """Volatile disks of instances that have failed."""
 
@@ -150,6 +162,7 @@ class Configuration(_Table):
     space: SpaceSettings = SpaceSettings()
     cache: CacheSettings = CacheSettings()
     scrub: ScrubSettings = ScrubSettings()
+    recheck: RecheckSettings = RecheckSettings()
     quarantine: QuarantineSettings = QuarantineSettings()
 
     @property

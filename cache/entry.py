@@ -9,6 +9,9 @@ Compression = Literal["none", "gz", "bz2", "xz", "zst"]
 ImageFormat = Literal["raw", "qcow2"]
 Trust = Literal["signed", "legacy-sha1", "unsigned"]
 
+STRONG_DIGESTS = ("sha256", "sha512")
+"""Algorithms whose digests nobody can make an image for."""
+
 LOCAL_CATALOGUE = "local"
 """What stands for the catalogue in entries of images that were made on this host."""
 
@@ -70,3 +73,14 @@ class Entry(BaseModel):
     tag: str | None = None
     source: str = ""
     """The URL or path that the document was read from."""
+
+
+def same_content(entry: Entry, other: Entry) -> bool:
+    """Tell whether two entries promise the same image, by a digest that nobody can forge."""
+    strong = [
+        (entry.digests[name], other.digests[name])
+        for name in STRONG_DIGESTS
+        if name in entry.digests and name in other.digests
+    ]
+    agree = bool(strong) and all(mine == theirs for mine, theirs in strong)
+    return agree and (entry.size_bytes, entry.format) == (other.size_bytes, other.format)

@@ -7,6 +7,7 @@ index proves each chunk nobody need be trusted for it (cache/DEMAND.md).
 
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
+from stratocache.cache.errors import Refused
 from stratocache.cache.signature import normal_fingerprint
 
 
@@ -25,6 +26,22 @@ def provisional_allowed(configuration: Configuration, entry: Entry) -> bool:
         if name in endorsers:
             return endorsers[name].provisional == "allow"
     return settings.provisional == "allow"
+
+
+def require_provisional(configuration: Configuration, entry: Entry) -> None:
+    """Raise `Refused` (`provisional-refused`) unless a launch may use an image before it is verified.
+
+    Where an index proves every chunk it always may.
+    """
+    if entry.index is not None or provisional_allowed(configuration, entry):
+        return
+    raise Refused(
+        "provisional-refused",
+        f"Image {entry.identifier} is not proven until all of it is here, and nothing allows that "
+        f"images of {entry.endorser.email} are used before. Launch it without `provisional`, which "
+        f"waits for it, or set catalogues.{entry.catalogue}.endorsers for this endorser.",
+        field="provisional",
+    )
 
 
 def _normal(name: str) -> str:

@@ -27,12 +27,15 @@ from stratocache.cache.errors import (
 from stratocache.cache.fetch import FetchedImage, Fetcher
 from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
+from stratocache.cache.provisional_policy import require_provisional
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory
 from stratocache.fs.manifests import named_manifests, published_manifests
 from stratocache.fs.provisional import ProvisionalImages, rejected
-from stratocache.fs.records import SERVABLE, Image
+from stratocache.fs.recheck import Recheck
+from stratocache.fs.records import COMPLETE, READABLE, SERVABLE, Image
 from stratocache.fs.state import Database, now, record_event
+from stratocache.fs.withdrawal import reinstate, withdrawn
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class Acquisition:
         fetcher: Fetcher,
         images: ImageStore,
         provisional: ProvisionalImages,
+        recheck: Recheck,
         nursery: trio.Nursery,
     ) -> None:
         self._configuration = configuration
@@ -81,6 +85,7 @@ class Acquisition:
         self._fetcher = fetcher
         self._images = images
         self._provisional = provisional
+        self._recheck = recheck
         self._nursery = nursery
         self._flights: dict[str, _Flight] = {}
         self._slots = trio.CapacityLimiter(configuration.fetch.max_parallel)
@@ -101,32 +106,45 @@ class Acquisition:
         return set().union(*self._holds)
 
     async def acquire(
-        self, text: str, report: Report, hold: set[str], *, complete: bool = False
+        self,
+        text: str,
+        report: Report,
+        hold: set[str],
+        *,
+        complete: bool = False,
+        provisional: bool = False,
     ) -> Image:
         """Return the image that a reference means, fetching it when it is not here.
 
         It is verified; unless `complete` it may also be provisional, and then its chunks are
-        verified one by one. From before it is looked for until `hold` ends nobody here evicts it.
+        verified one by one, or not even that if the caller takes `provisional` ones and the policy
+        for the endorser allows it. From before it is looked for until `hold` ends nobody here
+        evicts it.
 
         A cached image is judged again by its stored entry, without its catalogue; one that was
-        made on this host (`local:ID`, or its id alone) needs no judgement. Raises what resolving,
-        judging or fetching raises, and `NotVerified` (`image-rejected`).
+        made on this host (`local:ID`, or its id alone) needs no judgement. With `complete` the
+        catalogue of one that was withdrawn is asked whether it lists it again. Raises what
+        resolving, judging or fetching raises, `NotVerified` (`image-rejected`) and `Refused`
+        (`image-withdrawn`, `provisional-refused`).
         """
         hold.add(self._reference(text).path)
-        cached = self.cached(text)
-        if cached is not None:
-            entry = cached.entry
-        else:
-            entry = await self._catalogues.resolve(text, now=datetime.now(UTC))
+        known = self._find(text)
+        entry = await self._entry(text, known, renew=complete)
         hold.add(entry.identifier)
-        seen = cached is not None
+        seen = known is not None and known.state != "withdrawn"
         while True:
             image = inventory.find_image(self._db, entry.identifier)
-            if image is not None and image.state == "provisional" and complete:
+            if provisional and (image is None or image.state not in COMPLETE):
+                require_provisional(self._configuration, entry)
+            waiting = complete or (entry.index is None and not provisional)
+            if image is not None and image.state == "provisional" and waiting:
                 seen = True  # whoever deletes it from now on means it
                 await self._provisional.wait(image.id, report)
             elif image is not None and image.state in SERVABLE:
                 return image
+            elif image is not None and image.state == "withdrawn" and not seen:
+                if not await trio.to_thread.run_sync(reinstate, self._db, image, entry):
+                    raise withdrawn(image)
             elif image is not None and image.state == "deleting" and not seen:
                 await self._wait_until_gone(image.id)
             elif image is not None and image.state != "fetching":
@@ -135,6 +153,22 @@ class Acquisition:
                 raise Conflict("image-busy", f"Image {entry.identifier} was deleted; try again.")
             else:
                 await self._wait_for_flight(entry, report, complete=complete)
+
+    async def _entry(self, text: str, known: Image | None, *, renew: bool) -> Entry:
+        """Return the stored entry, judged again, else what the catalogue says; that is asked soon
+        again, to `renew` what is here, and now about an image that is withdrawn."""
+        if known is not None and renew:
+            self._recheck.note(known.id)
+        if known is not None and not (renew and known.state == "withdrawn"):
+            self._judge(known)
+            return known.entry
+        try:
+            return await self._catalogues.resolve(text, now=datetime.now(UTC))
+        except StratocacheError as error:
+            if known is None:
+                raise
+            log.info("image %s stays withdrawn: %s", known.id, error.message)
+            raise withdrawn(known) from error
 
     async def _wait_until_gone(self, image_id: str) -> None:
         """Wait while an image is being deleted or evicted; raises `Conflict` (`image-busy`)."""
@@ -149,12 +183,23 @@ class Acquisition:
     def cached(self, text: str) -> Image | None:
         """Return the image that a reference means, judged again; None if it cannot be used yet.
 
-        Only names by id are known here. Blocks on the state database; any thread may call it.
+        Only names by id are known here. Raises what judging raises, and `Refused`
+        (`image-withdrawn`). Blocks on the state database; any thread may call it.
         """
         image = self._find(text)
-        if image is not None and image.entry.catalogue != LOCAL_CATALOGUE:
+        if image is None:
+            return None
+        self._judge(image)
+        # whoever wants what nothing proves yet has to say so
+        unproven = image.state == "provisional" and image.entry.index is None
+        return None if unproven else image
+
+    def _judge(self, image: Image) -> None:
+        """Judge a cached image by its stored entry; raises `Refused`, `NotFound`."""
+        if image.state == "withdrawn":
+            raise withdrawn(image)
+        if image.entry.catalogue != LOCAL_CATALOGUE:
             self._catalogues.recheck(image.entry, now=datetime.now(UTC))
-        return image
 
     def _reference(self, text: str) -> Reference:
         catalogues = self._configuration.catalogues
@@ -168,7 +213,7 @@ class Acquisition:
             return None
         image = inventory.find_image(self._db, reference.path)
         default = self._configuration.default_catalogue
-        if image is not None and image.state in SERVABLE and _same(reference, image, default):
+        if image is not None and image.state in READABLE and _same(reference, image, default):
             return image
         if reference.catalogue == LOCAL_CATALOGUE:
             raise NotFound(
@@ -299,6 +344,8 @@ class Acquisition:
 def _unusable(image: Image) -> StratocacheError:
     if image.state == "rejected":
         return rejected(image)
+    if image.state == "withdrawn":
+        return withdrawn(image)
     return Conflict("image-busy", f"Image {image.id} is {image.state}; try again.")
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stratocache.fs.records import Disk, Image
+from stratocache.fs.records import COMPLETE, Disk, Image
 from stratocache.fs.state import Database
 
 
@@ -33,7 +33,7 @@ class DiskAccount:
 def of_image(db: Database, image: Image) -> ImageAccount:
     """Return an image's account."""
     row = db.row("SELECT * FROM image_traffic WHERE image_id = ?", image.id)
-    complete = image.state in ("verified", "withdrawn")
+    complete = image.state in COMPLETE
     local_bytes = image.size_bytes if complete else (row["local_bytes"] if row else None)
     missing_bytes = (image.size_bytes or 0) - (local_bytes or 0)
     complete_in_s = 0.0 if complete else None

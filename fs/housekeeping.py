@@ -33,6 +33,7 @@ from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.promotion import Promotion
 from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
+from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller
 from stratocache.fs.run_directory import RunDirectory
@@ -108,9 +109,11 @@ class Housekeeping:
             self._configuration, self._db, self._images, client, chunk_fetcher,
             BootSets(self._configuration, self._images, nursery), record, nursery, self._wake,
         )  # fmt: skip
+        catalogues = Catalogues(self._configuration, client)
+        recheck = Recheck(self._configuration, self._db, catalogues)
         acquisition = Acquisition(
-            self._configuration, self._db, Catalogues(self._configuration, client), fetcher,
-            self._images, provisional, nursery,
+            self._configuration, self._db, catalogues, fetcher, self._images, provisional, recheck,
+            nursery,
         )  # fmt: skip
         keeping = Keeping(
             self._configuration, self._db, self._images, self._disks, fetcher, chunk_fetcher,
@@ -139,6 +142,7 @@ class Housekeeping:
         keeping.start()
         await reconciler.adopt()
         nursery.start_soon(record.run)
+        nursery.start_soon(recheck.run)
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()

@@ -1,5 +1,5 @@
 """The plan of eviction: for each image when it was last used, what keeps it, and what its going
-would free and cost. The order of the plan is the order of eviction."""
+would free and cost. The order of the plan is the order of eviction: withdrawn images first."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from stratocache.cache.errors import NotVerified
 from stratocache.cache.footprint import Footprint, footprints
 from stratocache.fs.manifests import named_manifests
 from stratocache.fs.partition import mounted_images
-from stratocache.fs.records import Image
+from stratocache.fs.records import COMPLETE, Image
 from stratocache.fs.space_plan import ImageHolding, holdings
 from stratocache.fs.state import Database
 
@@ -76,9 +76,7 @@ def eviction_plan(
         item.image.id: "mounted on this host" if item.image.id in mounted else why_kept(item, held)
         for item in found
     }
-    going = sorted(
-        (item.image for item in found if reasons[item.image.id] is None), key=last_used_at
-    )
+    going = sorted((item.image for item in found if reasons[item.image.id] is None), key=_turn)
     order = [image.id for image in going]
     staying = sorted(named_manifests(db) - set(order))
     counted: dict[str, Footprint] = {}
@@ -98,6 +96,11 @@ def eviction_plan(
     ]
 
 
+def _turn(image: Image) -> tuple[bool, str]:
+    """Sort withdrawn images first: nobody may use them again."""
+    return image.state != "withdrawn", last_used_at(image)
+
+
 def _candidate(holding: ImageHolding, reason: str | None, footprint: Footprint | None) -> Candidate:
     if reason is None and footprint is not None and footprint.freeable_bytes == 0:
         reason = "nothing to gain: all of it is shared with what stays"
@@ -107,7 +110,7 @@ def _candidate(holding: ImageHolding, reason: str | None, footprint: Footprint |
 def why_kept(holding: ImageHolding, held: Collection[str] = ()) -> str | None:
     """Return what keeps an image, as a phrase that names it; None when it may go."""
     image = holding.image
-    if image.state != "verified":
+    if image.state not in COMPLETE:
         return _STATES.get(image.state, image.state)
     if image.pinned:
         return "pinned"

@@ -18,7 +18,7 @@ _NAMED = """
 
 
 _PUBLISHED = """
-    SELECT id AS name FROM images WHERE state IN ('provisional', 'verified')
+    SELECT id AS name FROM images WHERE state IN ('provisional', 'verified', 'withdrawn')
     UNION SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
     UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL AND form = 'overlay'
 """

@@ -10,7 +10,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.manifest import Manifest
 from stratocache.fs.losses import losses
-from stratocache.fs.records import SERVABLE
+from stratocache.fs.records import COMPLETE, READABLE
 from stratocache.fs.space_plan import ImageHolding, holdings
 from stratocache.fs.state import Database
 
@@ -36,7 +36,7 @@ def weaknesses(configuration: Configuration, db: Database) -> Iterator[Weakness]
         if not holding.held:
             continue
         image = holding.image
-        if image.state not in SERVABLE:
+        if image.state not in READABLE:
             yield Weakness(holding, f"it is {image.state}", 0, image.entry.size_bytes)
             continue
         try:
@@ -44,7 +44,7 @@ def weaknesses(configuration: Configuration, db: Database) -> Iterator[Weakness]
         except (FileNotFoundError, NotVerified):
             yield Weakness(holding, "its manifest is damaged or gone", 0, image.size_bytes or 0)
             continue
-        complete = image.state == "verified"
+        complete = image.state in COMPLETE
         reason = "chunks are missing" if complete else "it is not complete yet"
         missing = list(_missing(configuration.state_dir, manifest))
         if missing:

@@ -10,6 +10,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import trio
@@ -168,11 +169,12 @@ class Operations:
         request = launch_request(operation)
 
         async def try_once(hold: set[str]) -> None:
-            boot = await self._acquire(operation, request.reference, hold)
-            shared = [
-                await self._acquire(operation, reference, hold) for reference in request.readonly
+            images = [
+                await self._acquire(operation, reference, hold, provisional=request.provisional)
+                for reference in (request.reference, *request.readonly)
             ]
             self._acquisition.note_launch(request.reference)
+            boot, *shared = images
             await trio.to_thread.run_sync(self.record_launch, operation, request, boot, shared)
 
         await self._unless_evicted(try_once)
@@ -216,13 +218,20 @@ class Operations:
             insert_launch(connection, self._db, operation, request, boot, shared)
 
     async def _acquire(
-        self, operation: Operation, reference: str, hold: set[str], *, complete: bool = False
+        self,
+        operation: Operation,
+        reference: str,
+        hold: set[str],
+        *,
+        complete: bool = False,
+        provisional: bool = False,
     ) -> Image:
         """Acquire an image while its progress is written to the operation's row."""
-        return await self._reporting(
-            operation,
-            lambda report: self._acquisition.acquire(reference, report, hold, complete=complete),
-        )
+        acquire = partial(
+            self._acquisition.acquire, reference, hold=hold, complete=complete,
+            provisional=provisional,
+        )  # fmt: skip
+        return await self._reporting(operation, lambda report: acquire(report=report))
 
     async def _reporting(self, operation: Operation, work: Callable[[Report], Awaitable[_T]]) -> _T:
         """Do some work while its progress is written to the operation's row."""

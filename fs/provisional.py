@@ -33,7 +33,7 @@ from stratocache.cache.manifest import Manifest
 from stratocache.fs import inventory, records
 from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.intents import add_operation
-from stratocache.fs.records import Caller, Image
+from stratocache.fs.records import READABLE, Caller, Image
 from stratocache.fs.state import Database, now, record_event
 from stratocache.fs.traffic_record import TrafficRecord
 
@@ -299,7 +299,7 @@ def entry_finder(db: Database) -> Callable[[str], Entry | None]:
 
     def find(image_id: str) -> Entry | None:
         image = inventory.find_image(db, image_id)
-        servable = image is not None and image.state in ("fetching", "provisional", "verified")
+        servable = image is not None and image.state in ("fetching", *READABLE)
         return image.entry if image is not None and servable else None
 
     return find

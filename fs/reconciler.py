@@ -106,8 +106,8 @@ class Reconciler:
         )
         with self._db.transaction() as connection:
             connection.execute(
-                "UPDATE images SET state = iif(verified_at IS NULL, 'provisional', 'verified') "
-                "WHERE id = ?",
+                "UPDATE images SET state = CASE WHEN verified_at IS NULL THEN 'provisional' "
+                "WHEN withdrawn_at IS NULL THEN 'verified' ELSE 'withdrawn' END WHERE id = ?",
                 (image_id,),
             )
             fail(connection, "delete-image", image_id, error)

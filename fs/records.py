@@ -18,7 +18,11 @@ DiskKind = Literal["machine", "data", "readonly"]
 Access = Literal["rw", "ro"]
 ImageState = Literal["fetching", "provisional", "verified", "rejected", "withdrawn", "deleting"]
 SERVABLE = ("provisional", "verified")
-"""States of an image in which it can be read, cloned and attached."""
+"""States of an image in which it can be cloned and attached."""
+READABLE = (*SERVABLE, "withdrawn")
+"""States of an image in which what was made of it reads it."""
+COMPLETE = ("verified", "withdrawn")
+"""States of an image whose every byte was proven."""
 
 SAVED_VALID_DAYS = 178
 """How long the metadata of a saved disk is valid, from its signing on, unless somebody says else."""
@@ -75,6 +79,7 @@ class LaunchRequest:
     readonly: tuple[str, ...] = ()
     initiator: str | None = None
     provisional: bool = False
+    """Whether bytes that nothing proves yet will do, where the policy allows them."""
     lease_s: int | None = None
 
 
@@ -92,6 +97,12 @@ class Image:
     created_at: str
     verified_at: str | None
     last_used_at: str | None
+    checked_at: str | None = None
+    """When its catalogue last answered a question about it."""
+    unlisted_since: str | None = None
+    withdrawn_at: str | None = None
+    withdrawn_because: str | None = None
+    """A sentence."""
 
 
 @dataclass(frozen=True, slots=True)

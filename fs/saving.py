@@ -24,7 +24,7 @@ from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.operations import finish
-from stratocache.fs.records import Image, Operation, SaveRequest, Snapshot
+from stratocache.fs.records import COMPLETE, Image, Operation, SaveRequest, Snapshot
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Saving:
 
 
 def _require_same(image: Image, sha256: str) -> None:
-    if image.state != "verified":
+    if image.state not in COMPLETE:
         raise Conflict("image-busy", f"Image {image.id} is {image.state}; try again.")
     if image.sha256 != sha256:
         raise Conflict(

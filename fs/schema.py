@@ -238,7 +238,7 @@ MIGRATIONS: tuple[str, ...] = (
             'provisional',                  -- read by chunks that an endorsed index proves; not complete
             'verified',                     -- complete, and the whole digest proven
             'rejected',                     -- complete, and the whole digest was another: disks are fenced
-            'withdrawn',                    -- its endorser took it back: no new clones
+            'withdrawn',                    -- its catalogue took it back: no new clones; else as verified
             'deleting'
         )),
         size_bytes   INTEGER,               -- of the raw image; NULL until provisional or verified
@@ -296,5 +296,14 @@ MIGRATIONS: tuple[str, ...] = (
         images   TEXT NOT NULL,             -- JSON list: names of the manifests that need it
         reason   TEXT NOT NULL              -- one sentence for people
     ) STRICT;
+    """,
+    """
+    -- when its catalogue last answered a question about it; NULL = not since it was fetched
+    ALTER TABLE images ADD COLUMN checked_at TEXT;
+    -- since when its catalogue, asked again and again, has not listed it; NULL = it did last time
+    ALTER TABLE images ADD COLUMN unlisted_since TEXT;
+    -- when it was withdrawn, and why, a sentence; NULL = it is not
+    ALTER TABLE images ADD COLUMN withdrawn_at TEXT;
+    ALTER TABLE images ADD COLUMN withdrawn_because TEXT;
     """,
 )

@@ -18,7 +18,7 @@ from stratocache.fs.acquisition import Report
 from stratocache.fs.intents import add_operation
 from stratocache.fs.operations import finish
 from stratocache.fs.provisional import ProvisionalImages, rejected
-from stratocache.fs.records import Caller, Operation
+from stratocache.fs.records import COMPLETE, Caller, Operation
 from stratocache.fs.state import Database
 
 VERIFY = "verify-image"
@@ -62,7 +62,7 @@ class Verification:
             image = inventory.image(self._db, image.id)
         if image.state == "rejected":
             raise rejected(image)
-        if image.state != "verified":
+        if image.state not in COMPLETE:
             raise NotFound("image-unknown", f"Image {image.id} is {image.state}; try again.")
         self._repairer.forgive()
         reader = await self._images.open_reader(image.id)

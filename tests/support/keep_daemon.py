@@ -37,6 +37,7 @@ from stratocache.fs.keeping import Keeping
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
 from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
+from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.state import Database
@@ -211,7 +212,10 @@ class KeepDaemon:
             nursery, self.wake,
         )  # fmt: skip
         shelf: Any = self.host.shelf
-        acquisition = Acquisition(configuration, db, shelf, fetcher, images, provisional, nursery)
+        recheck = Recheck(configuration, db, shelf)
+        acquisition = Acquisition(
+            configuration, db, shelf, fetcher, images, provisional, recheck, nursery
+        )
         keeping = self.keeping = Keeping(
             configuration, db, images, self.disks, fetcher, chunk_fetcher, supply, acquisition,
             provisional, nursery, self.wake,

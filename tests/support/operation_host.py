@@ -30,6 +30,7 @@ from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
 from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
+from stratocache.fs.recheck import Recheck
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.state import Database
 from stratocache.fs.traffic_record import TrafficRecord
@@ -57,6 +58,8 @@ class Host:
     acquisition: Acquisition | None = None
     provisional: ProvisionalImages | None = None
     record: TrafficRecord | None = None
+    recheck: Recheck | None = None
+    """Asks nobody unless a script runs it."""
 
     def publish(self, **fields: object) -> None:
         """Offer the image, or a description of it that is wrong in some way."""
@@ -85,15 +88,12 @@ class Host:
                     BootSets(self.configuration, self.images, nursery), self.record, nursery,
                     lambda: self.woken.append(None),
                 )  # fmt: skip
+                catalogues = Catalogues(self.configuration, client)
+                self.recheck = Recheck(self.configuration, self.db, catalogues)
                 acquisition = Acquisition(
-                    self.configuration,
-                    self.db,
-                    Catalogues(self.configuration, client),
-                    fetcher,
-                    self.images,
-                    self.provisional,
-                    nursery,
-                )
+                    self.configuration, self.db, catalogues, fetcher, self.images,
+                    self.provisional, self.recheck, nursery,
+                )  # fmt: skip
                 acquisition.sweep()
                 self.acquisition = acquisition
                 operations = Operations(
