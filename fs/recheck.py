@@ -57,6 +57,10 @@ class Recheck:
         self._noted.add(image_id)
         self._woken.set()
 
+    def resting(self) -> dict[str, float]:
+        """Return the catalogues that failed lately, and for how many seconds each is left alone."""
+        return {name: rest_s for name, (_, rest_s) in self._rests.items()}
+
     async def run(self) -> None:
         """Ask for ever."""
         settings = self._settings

@@ -58,6 +58,7 @@ class Host:
     acquisition: Acquisition | None = None
     provisional: ProvisionalImages | None = None
     record: TrafficRecord | None = None
+    catalogues: Catalogues | None = None
     recheck: Recheck | None = None
     """Asks nobody unless a script runs it."""
 
@@ -88,7 +89,7 @@ class Host:
                     BootSets(self.configuration, self.images, nursery), self.record, nursery,
                     lambda: self.woken.append(None),
                 )  # fmt: skip
-                catalogues = Catalogues(self.configuration, client)
+                self.catalogues = catalogues = Catalogues(self.configuration, client)
                 self.recheck = Recheck(self.configuration, self.db, catalogues)
                 acquisition = Acquisition(
                     self.configuration, self.db, catalogues, fetcher, self.images,
