@@ -61,8 +61,13 @@ def _size(item: "Document") -> Any:
 @json_option
 @click.pass_obj
 def show(session: Session, image_id: str) -> None:
-    """Show one image and the entry it was fetched by."""
-    session.show_fields(session.client.get(_path(image_id)))
+    """Show one image, the entry it was fetched by, and what was made of it."""
+    from stratocache.api.lineage_tree import show_lineage
+
+    document = session.client.get(_path(image_id))
+    session.show_fields(document, hidden=("disks", "omitted_count"))
+    if document["disks"] and not session.as_json:
+        show_lineage(document)
 
 
 @image.command()

@@ -9,6 +9,7 @@ from stratocache.api import connection_details
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.fs.fetch_account import ImageAccount
+from stratocache.fs.lineage import DiskNode, Lineage, SnapshotNode
 from stratocache.fs.records import (
     Attachment,
     Caller,
@@ -59,6 +60,9 @@ class ImageView(Representation):
     created_at: str
     verified_at: str | None
     last_used_at: str | None
+    withdrawn_at: str | None
+    withdrawn_because: str | None
+    """Why its catalogue took it back, a sentence."""
     entry: Entry
 
     @classmethod
@@ -73,15 +77,58 @@ class ImageView(Representation):
             created_at=image.created_at,
             verified_at=image.verified_at,
             last_used_at=image.last_used_at,
+            withdrawn_at=image.withdrawn_at,
+            withdrawn_because=image.withdrawn_because,
             entry=image.entry,
         )
 
 
-class ImageDisk(Representation):
-    """A disk that began as an image."""
+class LineageSnapshot(Representation):
+    """A snapshot, and the disks that were cloned of it."""
+
+    id: str
+    state: Literal["creating", "absorbing", "available", "deleting"]
+    tag: str
+    created_at: str
+    disks: "list[LineageDisk]"
+
+    @classmethod
+    def of(cls, node: SnapshotNode) -> Self:
+        """Show a snapshot with its clones."""
+        snapshot = node.snapshot
+        return cls(
+            id=snapshot.id,
+            state=snapshot.state,
+            tag=snapshot.tag,
+            created_at=snapshot.created_at,
+            disks=[LineageDisk.of(disk) for disk in node.disks],
+        )
+
+
+class LineageDisk(Representation):
+    """A disk that began as an image, who has it, and its snapshots."""
 
     uuid: str
-    snapshots: list[str]
+    state: Literal["creating", "available", "deleting"]
+    form: Literal["overlay", "raw"] | None
+    owner: str
+    tag: str
+    attached_to: list[str]
+    snapshots: list[LineageSnapshot]
+
+    @classmethod
+    def of(cls, node: DiskNode) -> Self:
+        """Show a disk with what was made of it."""
+        disk = node.disk
+        return cls(
+            uuid=disk.uuid,
+            state=disk.state,
+            form=disk.form,
+            owner=disk.owner,
+            tag=disk.tag,
+            attached_to=list(node.attached_to),
+            snapshots=[LineageSnapshot.of(snapshot) for snapshot in node.snapshots],
+        )
 
 
 class ImageDetails(ImageView):
@@ -92,7 +139,16 @@ class ImageDetails(ImageView):
     dedup_bytes: int
     local_bytes: int | None
     complete_in_s: float | None
-    disks: list[ImageDisk]
+    checked_at: str | None
+    """When its catalogue last answered a question about it; None = not since it was fetched."""
+    attached_to: list[str]
+    """Instances that have it read-only; for administrators."""
+    disks: list[LineageDisk]
+    """Made of it, and visible to the caller: oldest first, clones of a snapshot below it."""
+    disk_count: int
+    snapshot_count: int
+    omitted_count: int
+    """Of these, those that are not named here as there are too many."""
 
     def to_json_and_etag(self) -> tuple[bytes, str]:
         """Return both; the validator is of the image alone: what it cost changes all the time."""
@@ -100,15 +156,9 @@ class ImageDetails(ImageView):
 
     @classmethod
     def with_account(
-        cls, image: Image, account: ImageAccount, disks: list[str], snapshots: list[Snapshot]
+        cls, image: Image, account: ImageAccount, lineage: Lineage, attached_to: list[str]
     ) -> Self:
-        """Show an image with its account and the disks and snapshots that began with it."""
-        lineage = [
-            ImageDisk(
-                uuid=uuid, snapshots=[item.id for item in snapshots if item.disk_uuid == uuid]
-            )
-            for uuid in disks
-        ]
+        """Show an image with its account and what was made of it."""
         return cls(
             **dict(ImageView.of(image)),
             remote_bytes=account.remote_bytes,
@@ -116,7 +166,12 @@ class ImageDetails(ImageView):
             dedup_bytes=account.dedup_bytes,
             local_bytes=account.local_bytes,
             complete_in_s=account.complete_in_s,
-            disks=lineage,
+            checked_at=image.checked_at,
+            attached_to=attached_to,
+            disks=[LineageDisk.of(disk) for disk in lineage.disks],
+            disk_count=lineage.disk_count,
+            snapshot_count=lineage.snapshot_count,
+            omitted_count=lineage.omitted_count,
         )
 
 

@@ -36,16 +36,6 @@ def image(db: Database, image_id: str) -> Image:
     return found
 
 
-def snapshots_of_image(db: Database, image_id: str) -> list[Snapshot]:
-    """Return the snapshots of all disks that began as an image, oldest first."""
-    rows = db.rows(
-        "SELECT snapshots.* FROM snapshots JOIN disks ON disks.uuid = disk_uuid "
-        "WHERE base_image = ? ORDER BY snapshots.number",
-        image_id,
-    )
-    return [records.snapshot_from(row) for row in rows]
-
-
 def is_fenced(db: Database, disk: Disk) -> bool:
     """Tell whether a disk began as an image that was rejected."""
     image = find_image(db, disk.base_image or "")

@@ -11,7 +11,8 @@ from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
 from stratocache.fs import fetch_account, intents, inventory
-from stratocache.fs.records import Image
+from stratocache.fs.lineage import lineage_of
+from stratocache.fs.records import Caller, Image
 from stratocache.fs.state import Database
 from stratocache.fs.verification import request_verification
 
@@ -53,7 +54,9 @@ class ImageCollection:
             raise Internal("internal", f"Operation {operation.id} names no image.")
         image = inventory.image(self._service.db, operation.result["image"])
         address = f"/v1/images/{image.id}"
-        answers.show(response, _details(self._service.db, image), created_at=address)
+        answers.show(
+            response, _details(self._service.db, answers.caller(request), image), created_at=address
+        )
 
 
 class ImageItem:
@@ -66,7 +69,7 @@ class ImageItem:
         """Show one image, what it cost to fetch, and what was made of it."""
         query.require_known(request)
         image = inventory.image(self._service.db, image_id)
-        answers.show(response, _details(self._service.db, image))
+        answers.show(response, _details(self._service.db, answers.caller(request), image))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Delete an image that nothing uses: 204, or 202 when that takes longer than `?wait=`."""
@@ -134,8 +137,9 @@ class ImagePin:
         query.require_known(request)
         db = self._service.db
         answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
-        image = intents.set_pin(db, answers.caller(request), image_id, pinned)
-        answers.show(response, _details(db, image))
+        caller = answers.caller(request)
+        image = intents.set_pin(db, caller, image_id, pinned)
+        answers.show(response, _details(db, caller, image))
 
 
 class ImageVerification:
@@ -159,8 +163,9 @@ class ImageVerification:
             answers.accept(response, operation)
 
 
-def _details(db: Database, image: Image) -> ImageDetails:
-    disks = inventory.disks_of_image(db, image.id)
-    snapshots = inventory.snapshots_of_image(db, image.id)
+def _details(db: Database, caller: Caller, image: Image) -> ImageDetails:
     account = fetch_account.of_image(db, image)
-    return ImageDetails.with_account(image, account, disks, snapshots)
+    held = inventory.attachments(db, image_id=image.id) if caller.administrator else []
+    return ImageDetails.with_account(
+        image, account, lineage_of(db, caller, image.id), [item.instance for item in held]
+    )

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support.api_daemon import IMAGE_ID, ROOT, Api, insert_disk, insert_image, serving, standing_in
 from support.command_line import error, run_alone
+from support.lineage import add_disk, add_snapshot
 
 from stratocache.api.command_line import command_line
 from stratocache.api.launch_commands import qemu_command
@@ -355,18 +356,28 @@ def test_strange_names_are_refused_not_misread(run: Run) -> None:
 def test_table_is_drawn_on_a_terminal(api: Api, run: Run, configuration: Configuration) -> None:
     """On a terminal lists are tables; what a catalogue wrote cannot mark them up."""
     insert_image(api.db, title="[bold]x[/bold]\x1b[31m")
-    master, slave = pty.openpty()
-    with subprocess.Popen(
-        _command(configuration, "image", "ls"), stdout=slave, stderr=slave,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
-    ) as process:  # fmt: skip
-        os.close(slave)
-        shown = _read_all(master)
-    os.close(master)
+    shown = _on_terminal(configuration, "image", "ls")
 
-    assert process.returncode == 0
     assert "[bold]x[/bold]?[31m" in shown
     assert "───" in shown
+
+
+def test_lineage_is_a_tree(api: Api, run: Run, configuration: Configuration) -> None:
+    """`image show` draws what was made of an image on a terminal, and indents it elsewhere."""
+    insert_image(api.db)
+    disk = add_disk(api.db, tag="[red]x\x1b")
+    snapshot = add_snapshot(api.db, disk)
+    clone = add_disk(api.db, of=snapshot)
+
+    shown = run("image", "show", IMAGE_ID).stdout.splitlines()
+    drawn = _on_terminal(configuration, "image", "show", IMAGE_ID)
+
+    assert shown[-3] == f"  disk {disk} ([red]x?): overlay, free"
+    assert shown[-2].startswith(f"    snapshot {snapshot}: of ")
+    assert shown[-1] == f"      disk {clone}: overlay, free"
+    assert f"└── disk {disk} ([red]x?): overlay, free" in drawn
+    assert f"        └── disk {clone}" in drawn
+    assert document(run("image", "show", IMAGE_ID, "--json"))["disks"][0]["uuid"] == disk
 
 
 def test_ctrl_c_cancels_a_fetch(api: Api, run: Run, configuration: Configuration) -> None:
@@ -396,6 +407,20 @@ def test_closed_pipe_is_no_traceback(run: Run, configuration: Configuration, api
     )
 
     assert "Traceback" not in shown.stderr
+
+
+def _on_terminal(configuration: Configuration, *arguments: str) -> str:
+    """Return what a command writes to a terminal; it must succeed."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        _command(configuration, *arguments), stdout=slave, stderr=slave,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+    ) as process:  # fmt: skip
+        os.close(slave)
+        shown = _read_all(master)
+    os.close(master)
+    assert process.returncode == 0
+    return shown
 
 
 def _command(configuration: Configuration, *arguments: str) -> list[str]:

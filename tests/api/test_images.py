@@ -11,6 +11,10 @@ from support.api_daemon import (
     problem,
     standing_in,
 )
+from support.lineage import add_disk, add_snapshot
+
+from stratocache.cache.catalogue import Standing
+from stratocache.fs import inventory, withdrawal
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -99,8 +103,46 @@ def test_an_image_is_shown_with_its_cost_and_its_disks(api: Api, root: Requests)
     assert answer.headers["etag"] == tag
     assert (shown["remote_bytes"], shown["remote_wait_s"], shown["dedup_bytes"]) == (1000, 1.5, 500)
     assert (shown["local_bytes"], shown["complete_in_s"]) == (IMAGE_BYTES - 2 * 1048576, 2.0)
-    assert shown["disks"] == [{"uuid": uuid, "snapshots": []}]
+    assert [(item["uuid"], item["snapshots"]) for item in shown["disks"]] == [(uuid, [])]
     assert (disk["remote_bytes"], disk["remote_wait_s"], disk["fenced"]) == (700, 0.25, False)
+
+
+def test_an_image_is_shown_with_its_lineage(api: Api, root: Requests, nobody: Requests) -> None:
+    """Disks have their snapshots, snapshots their clones; others see what is theirs or public."""
+    insert_image(api.db)
+    disk = add_disk(api.db, tag="first")
+    snapshot = add_snapshot(api.db, disk, tag="before")
+    clone = add_disk(api.db, of=snapshot, public=True)
+    attachment = {"instance": "vm-1", "access": "ro"}
+    assert root("POST", f"/v1/disks/{clone}/attachments", attachment).status_code == 202
+
+    shown = root("GET", f"/v1/images/{IMAGE_ID}").json
+    [top] = shown["disks"]
+    assert (top["uuid"], top["tag"], top["attached_to"]) == (disk, "first", [])
+    [below] = top["snapshots"]
+    assert (below["id"], below["tag"]) == (snapshot, "before")
+    assert [(item["uuid"], item["attached_to"]) for item in below["disks"]] == [(clone, ["vm-1"])]
+    assert (shown["disk_count"], shown["snapshot_count"], shown["omitted_count"]) == (2, 1, 0)
+    seen = nobody("GET", f"/v1/images/{IMAGE_ID}").json
+    assert [item["uuid"] for item in seen["disks"]] == [clone]
+    assert (seen["disk_count"], seen["snapshot_count"]) == (1, 0)
+
+
+def test_a_withdrawn_image_says_why(api: Api, root: Requests) -> None:
+    """State, time and reason are in the lists and the details, and change the entity tag."""
+    insert_image(api.db)
+    tag = root("GET", f"/v1/images/{IMAGE_ID}").headers["etag"]
+    image = inventory.image(api.db, IMAGE_ID)
+    reason = "The endorser found a hole."
+    withdrawal.record(api.db, image, Standing("taken-back", reason=reason), confirm_s=0)
+
+    [listed] = root("GET", "/v1/images", params={"state": "withdrawn"}).json["images"]
+    shown = root("GET", f"/v1/images/{IMAGE_ID}")
+
+    assert listed["withdrawn_because"] == reason
+    assert shown.json["withdrawn_at"] == listed["withdrawn_at"]
+    assert shown.json["checked_at"] is not None
+    assert shown.headers["etag"] != tag
 
 
 def test_disks_of_a_rejected_image_are_fenced(api: Api, root: Requests) -> None:
