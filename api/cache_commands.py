@@ -71,6 +71,7 @@ def plan(context: click.Context, offline: bool, fix: bool) -> None:
         {
             "#": lambda item: item["order"],
             "IMAGE": lambda item: item["image"],
+            "STATE": lambda item: item["state"],
             "SIZE": lambda item: _size(item["size_bytes"]),
             "LAST USED": lambda item: item["last_used_at"],
             "FREES": lambda item: _size(item["freed_bytes"]),

@@ -212,7 +212,7 @@ class Eviction:
                 )
             record_event(
                 connection, "image.evicted", image_id,
-                f"Image {image_id}, last used {candidate.last_used_at}, makes room: "
+                f"Image {image_id}, {_why(candidate)}, makes room: "
                 f"{freed_bytes} bytes.",
             )  # fmt: skip
         return True
@@ -261,6 +261,12 @@ class Eviction:
 
     async def _thread(self, call: Callable[..., _T], *arguments: object) -> _T:
         return await trio.to_thread.run_sync(call, *arguments, limiter=self._limiter)
+
+
+def _why(candidate: Candidate) -> str:
+    if candidate.image.state == "withdrawn":
+        return "which was withdrawn"
+    return f"last used {candidate.last_used_at}"
 
 
 def _empty_quarantine(configuration: Configuration) -> int:

@@ -3,26 +3,29 @@ clones, evictions, repairs, scrubs and checks on a state directory."""
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import trio
 
+from stratocache.cache.catalogue import Standing
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import (
     CacheSettings,
     CatalogueSettings,
     Configuration,
     FetchSettings,
+    RecheckSettings,
     ScrubSettings,
     SpaceSettings,
 )
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.entry import Endorser, Entry
-from stratocache.cache.errors import NotFound
+from stratocache.cache.errors import NotFound, NotVerified, OriginFailed, Refused
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
@@ -40,13 +43,15 @@ from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_
 from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller, Operation
-from stratocache.fs.state import Database
+from stratocache.fs.state import Database, now
 from stratocache.fs.traffic_record import TrafficRecord
 from support.crashing import CrashingDatabase, CrashingImages, Fuse
 from support.disk_daemon import MemoryTargets
 
 ROOT = Caller("root", True)
 _TIMEOUT_S = 120
+
+Verdict = Literal["current", "unlisted", "taken-back", "unknown"]
 
 
 class Shelf:
@@ -56,6 +61,16 @@ class Shelf:
         self._folder = folder
         folder.mkdir()
         self.contents: dict[str, bytes] = {}
+        self.reachable = True
+        self.verdicts: dict[str, Verdict] = {}
+        """What is said of images that are not current."""
+        self.asks: Counter[str] = Counter()
+        """How often each image was asked about since `say`."""
+
+    def say(self, identifier: str, verdict: Verdict) -> None:
+        """Say something else of an image from now on."""
+        self.verdicts[identifier] = verdict
+        del self.asks[identifier]
 
     def add(self, content: bytes) -> str:
         """Offer an image; return its identifier."""
@@ -78,9 +93,15 @@ class Shelf:
 
     async def resolve(self, text: str, *, now: datetime) -> Entry:
         """Return the entry of an identifier."""
+        self._require_reachable()
         content = self.contents.get(text)
-        if content is None:
+        verdict = self.verdicts.get(text, "current")
+        if content is None or verdict == "unlisted":
             raise NotFound("reference-unknown", f"There is no {text}.")
+        if verdict == "taken-back":
+            raise Refused("entry-deprecated", f"{text} is deprecated.")
+        if verdict == "unknown":
+            raise NotVerified("signature-invalid", f"The entry of {text} is forged.")
         return Entry(
             catalogue="stratuslab", identifier=text, size_bytes=len(content),
             digests={"sha256": hashlib.sha256(content).hexdigest()},
@@ -88,6 +109,16 @@ class Shelf:
             endorser=Endorser(email="a@example.org", subject="", issuer=""),
             endorsed_at=datetime(2026, 1, 1, tzinfo=UTC), trust="signed",
         )  # fmt: skip
+
+    async def standing(self, entry: Entry, *, now: datetime) -> Standing:
+        """Return what is said of an image."""
+        self._require_reachable()
+        self.asks[entry.identifier] += 1
+        return Standing(self.verdicts.get(entry.identifier, "current"), reason="The shelf says so.")
+
+    def _require_reachable(self) -> None:
+        if not self.reachable:
+            raise OriginFailed("catalogue-unreachable", "Nobody answers.")
 
     def recheck(self, entry: Entry, *, now: datetime) -> None:
         """Find nothing wrong."""
@@ -98,9 +129,11 @@ class KeepHost:
 
     def __init__(
         self, root: Path, *, max_bytes: int = 0, hysteresis_ratio: float = 0.1,
-        bytes_per_s: int = 2**40, fuse: Fuse | None = None,
+        bytes_per_s: int = 2**40, fuse: Fuse | None = None, asking: bool = False,
     ) -> None:  # fmt: skip
         self.root = root
+        self.asking = asking
+        """Whether a process asks once about every image before it rests."""
         self.configuration = Configuration(
             state_dir=root / "state",
             run_dir=root / "run",
@@ -109,6 +142,7 @@ class KeepHost:
             cache=CacheSettings(max_bytes=max_bytes, hysteresis_ratio=hysteresis_ratio),
             catalogues={"stratuslab": CatalogueSettings(endpoint=root.as_uri())},
             scrub=ScrubSettings(bytes_per_s=bytes_per_s, interval_s=1e6),
+            recheck=RecheckSettings(interval_s=1e6, confirm_s=0, pause_s=0),
         )
         for directory in (self.configuration.state_dir, self.configuration.run_dir):
             directory.mkdir()
@@ -158,6 +192,8 @@ class KeepDaemon:
         self.keeping: Keeping | None = None
         self._woken = trio.Event()
         self._rested = trio.Event()
+        self._recheck: Recheck | None = None
+        self._began = now()
 
     def wake(self) -> None:
         """Let the next pass begin."""
@@ -178,8 +214,10 @@ class KeepDaemon:
         )
 
     async def read_image(self, identifier: str) -> bytes:
-        """Read all of an image."""
-        reader = await self.images.open_reader(identifier)
+        """Read all of an image, by way of the tree's inventory."""
+        image = self.blocks.image_by_id(identifier)
+        assert image is not None, f"{identifier} cannot be read"
+        reader = await self.blocks.open_reader(image.number)
         return bytes(await reader.read(0, reader.size_bytes))
 
     async def read_disk(self, number: int) -> bytes:
@@ -212,7 +250,7 @@ class KeepDaemon:
             nursery, self.wake,
         )  # fmt: skip
         shelf: Any = self.host.shelf
-        recheck = Recheck(configuration, db, shelf)
+        recheck = self._recheck = Recheck(configuration, db, shelf)
         acquisition = Acquisition(
             configuration, db, shelf, fetcher, images, provisional, recheck, nursery
         )
@@ -230,6 +268,8 @@ class KeepDaemon:
         await trio.to_thread.run_sync(acquisition.sweep)
         await reconciler.adopt()
         keeping.start()
+        if self.host.asking:
+            nursery.start_soon(recheck.run)
         task_status.started()
         while True:
             self._woken = trio.Event()
@@ -237,17 +277,33 @@ class KeepDaemon:
             provisional.look()
             keeping.scrubbing.look()
             unsettled = await reconciler.reconcile()
-            if not unsettled and self._is_at_rest():
+            if not unsettled and self._is_at_rest() and self._has_asked():
                 self._rested.set()
             with trio.move_on_after(0.02):
                 await self._woken.wait()
+
+    def _has_asked(self) -> bool:
+        """Tell whether the catalogue has been asked about all images, or does not answer."""
+        recheck = self._recheck
+        assert recheck is not None
+        if not self.host.asking or recheck.resting():
+            return True
+        rows = self.db.rows(
+            "SELECT id FROM images WHERE coalesce(checked_at, '') < ? "
+            "AND state IN ('verified', 'withdrawn')",
+            self._began,
+        )
+        for row in rows:
+            recheck.note(row["id"])
+        return not rows
 
     def _is_at_rest(self) -> bool:
         return (
             self.db.row(
                 "SELECT 1 FROM operations WHERE state IN ('pending', 'running') "
                 "UNION ALL SELECT 1 FROM disks WHERE state <> 'available' "
-                "UNION ALL SELECT 1 FROM images WHERE state <> 'verified' "
+                "UNION ALL SELECT 1 FROM images WHERE state NOT IN ('verified', 'withdrawn') "
+                "UNION ALL SELECT 1 FROM launches WHERE state <> 'active' "
                 "UNION ALL SELECT 1 FROM scrub WHERE NOT paused AND (requested OR position "
                 "IS NOT NULL OR started_at IS NULL) LIMIT 1"
             )
