@@ -11,9 +11,10 @@ import trio
 from support.crashing import Fuse, is_crash
 from support.keep_daemon import ROOT, KeepDaemon, KeepHost
 
+from stratocache.cache.catalogue import Standing
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Conflict, InvalidInput, Refused
-from stratocache.fs import cache_check, disk_intents, intents, inventory
+from stratocache.fs import cache_check, disk_intents, intents, inventory, withdrawal
 from stratocache.fs.eviction import request_eviction
 from stratocache.fs.keep_plan import Candidate, eviction_plan
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
@@ -74,6 +75,30 @@ def test_a_fetch_that_needs_room_takes_the_coldest(make: Callable[..., KeepHost]
     assert len(host.chunk_files()) == 12
     events = host.db.rows("SELECT subject FROM events WHERE kind = 'image.evicted'")
     assert [row["subject"] for row in events] == [second]
+
+
+def test_withdrawn_images_go_first_unless_they_are_held(make: Callable[..., KeepHost]) -> None:
+    """Of images that nobody needs the one that nobody may use any more makes room, however lately
+    it was used; one that a disk reads stays."""
+    host = make(max_bytes=13 * CHUNK_BYTES, hysteresis_ratio=0)
+    cold, based, taken, fresh = (host.shelf.add(_content(seed)) for seed in range(4))
+
+    async def script(daemon: KeepDaemon) -> None:
+        for identifier in (cold, based, taken):
+            assert await _fetch(daemon, identifier) == "done"
+        uuid = await _clone(daemon, based)
+        for identifier in (based, taken):
+            image = inventory.image(daemon.db, identifier)
+            withdrawal.record(daemon.db, image, Standing("taken-back", reason="No."), confirm_s=0)
+        plan = {item.image.id: item for item in eviction_plan(host.configuration, daemon.db)}
+        assert (plan[taken].order, plan[cold].order, plan[based].order) == (1, 2, None)
+        assert await _fetch(daemon, fresh) == "done"
+        assert await daemon.read_disk(host_number(daemon, uuid)) == host.shelf.contents[based]
+
+    host.run(script)
+    assert host.states() == {cold: "verified", based: "withdrawn", fresh: "verified"}
+    [message] = host.db.rows("SELECT message FROM events WHERE kind = 'image.evicted'")
+    assert f"Image {taken}, which was withdrawn, makes room" in message["message"]
 
 
 def test_hysteresis_makes_room_for_the_next(make: Callable[..., KeepHost]) -> None:
