@@ -86,6 +86,7 @@ class Fetcher:
         self._stages.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._image_bytes_max = configuration.fetch.max_image_bytes
         self._images = images
+        self._remade: set[str] = set()
         self._chunks = chunks
         self._space = CacheSpace(self._stages, configuration.space.reserve_bytes)
         self.chunk_space = CacheSpace(
@@ -131,14 +132,22 @@ class Fetcher:
 
     async def remake(self, entry: Entry) -> None:
         """Fetch an image that is here again: chunks that are missing are stored, and its manifest
-        is published if it is damaged. For one identifier at a time, as `fetch`.
+        is published if it is damaged. For one identifier at a time, as `fetch`. The cache's limit
+        does not hold it up: it was within that, and while a manifest is damaged nothing can go.
 
         Raises as `fetch` does, and `NotVerified` (`image-differs`) when it is another image now.
         """
         there: Manifest | None = None
         with suppress(NotFound, NotVerified):
             there = await trio.to_thread.run_sync(self._images.manifest, entry.identifier)
-        await self.fetch(entry, _no_report, there=there)
+        self._remade.add(entry.identifier)
+        try:
+            await self.fetch(entry, _no_report, there=there)
+        finally:
+            self._remade.discard(entry.identifier)
+
+    def _space_for(self, entry: Entry) -> CacheSpace:
+        return self._space if entry.identifier in self._remade else self.chunk_space
 
     def discard(self, identifier: str) -> None:
         """Remove what a cancelled fetch left. Blocks."""
@@ -245,7 +254,7 @@ class Fetcher:
         progress: Callable[[int], None],
     ) -> str:  # fmt: skip
         digests = await self._verified(
-            source, entry, self._guarded(draft.add, self.chunk_space), progress
+            source, entry, self._guarded(draft.add, self._space_for(entry)), progress
         )
         return digests["sha256"]
 
@@ -266,8 +275,8 @@ class Fetcher:
             stage.container, stage.image, size_bytes=size_bytes, space=self._space
         )
         _, digests = await ingest(
-            chunks_of_sparse_file(stage.image), self._guarded(draft.add, self.chunk_space), ["sha256"],
-            limiter=self._limiter, progress=_no_progress,
+            chunks_of_sparse_file(stage.image), self._guarded(draft.add, self._space_for(entry)),
+            ["sha256"], limiter=self._limiter, progress=_no_progress,
         )  # fmt: skip
         return digests["sha256"]
 
