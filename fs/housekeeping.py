@@ -31,6 +31,7 @@ from stratocache.fs.lio import Lio
 from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
+from stratocache.fs.portal import Portal
 from stratocache.fs.promotion import Promotion
 from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
 from stratocache.fs.recheck import Recheck
@@ -77,7 +78,8 @@ class Housekeeping:
     def _target_daemon(self) -> TargetDaemon:
         if self._configuration.iscsi.backend == "lio":
             return Lio(self._directory.lio_control)
-        return Tgt(self._directory.tgt_control)
+        iscsi = self._configuration.iscsi
+        return Tgt(self._directory.tgt_control, Portal(iscsi.address, iscsi.port))
 
     def _wake(self) -> None:
         self._woken.set()

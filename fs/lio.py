@@ -45,6 +45,9 @@ class Lio:
         """Remove a target and the kernel's hold on its file; see `TargetDaemon.remove`."""
         await self._ask("remove", number=number)
 
+    async def open_portal(self) -> None:
+        """Do nothing: the kernel enables each target with its portal last, and never loses one."""
+
     async def sessions(self, number: int) -> tuple[Session, ...]:
         """Return who is logged in to a target."""
         return tuple(Session(**item) for item in await self._ask("sessions", number=number))

@@ -1,4 +1,7 @@
-"""The address that initiators connect to, before tgtd listens there. Standard library only."""
+"""The address that initiators connect to, as the supervisor and `tgt.py` see it.
+
+Standard library only.
+"""
 
 import errno
 import socket
@@ -22,8 +25,26 @@ class Portal:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{host}:{self.port}"
 
+    def addresses(self) -> set[str]:
+        """Return the numeric addresses that it stands for.
+
+        Raises `InvalidInput` (`portal-invalid`) when its name is not known.
+        """
+        try:
+            found = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            raise self._invalid(error) from error
+        return {str(where[0]).partition("%")[0] for *_, where in found}
+
+    def _invalid(self, error: OSError) -> InvalidInput:
+        return InvalidInput(
+            "portal-invalid",
+            f"Nobody can listen on {self} ({error.strerror}); set iscsi.address and iscsi.port.",
+            field="iscsi.address",
+        )
+
     def is_free(self) -> bool:
-        """Whether tgtd could listen; it runs on without a portal when it cannot.
+        """Whether tgtd could listen. Nobody who connects meanwhile is answered.
 
         Raises `InvalidInput` (`portal-invalid`) when nobody ever could.
         """
@@ -32,15 +53,9 @@ class Portal:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((self.address, self.port))
-                probe.listen(1)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
-                    raise InvalidInput(
-                        "portal-invalid",
-                        f"Nobody can listen on {self} ({error.strerror}); set iscsi.address and "
-                        "iscsi.port.",
-                        field="iscsi.address",
-                    ) from error
+                    raise self._invalid(error) from error
                 return False
         return True
 

@@ -134,6 +134,14 @@ class TargetDaemon(Protocol):
         in flight; nobody can log in any more then, and it can be called again.
         """
 
+    async def open_portal(self) -> None:
+        """Let initiators connect; called when every target that should be is there.
+
+        Until then a daemon that has lost its targets answers nobody: initiators try again, while
+        some give up one that is not there. Open already is fine. Raises `Conflict`
+        (`portal-in-use`) and `InvalidInput` (`portal-invalid`).
+        """
+
     async def sessions(self, number: int) -> tuple[Session, ...]:
         """Return who is logged in; nobody when there is no such target."""
 

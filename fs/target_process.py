@@ -19,6 +19,9 @@ from stratocache.fs.processes import Launch
 log = logging.getLogger(__name__)
 
 _SUSPENSION_S = 10.0
+_NO_PORTAL = "127.0.0.2:0"
+"""Some free port that nobody knows: without any, tgtd would listen on every address. The real portal
+is opened when the targets are there (`Tgt.open_portal`), which ends this one."""
 Backend = Literal["tgt", "lio"]
 
 
@@ -39,7 +42,7 @@ class TargetProcess:
         """Return how the process is started."""
         if self.backend == "tgt":
             return Launch(
-                [self.program, "-f", "--iscsi", f"portal={self.portal}"],
+                [self.program, "-f", "--iscsi", f"portal={_NO_PORTAL}"],
                 {"TGT_IPC_SOCKET": os.fspath(self.control.with_suffix(""))},
             )
         command = [sys.executable, "-m", "stratocache.fs.lio_server", "--control"]

@@ -161,11 +161,23 @@ class TargetReconciliation:
         settled &= await self._make_all(
             wishes.targets.values(), there, outcomes, known=known, undisturbed=undisturbed
         )
+        if not known and not await self._open_portal():
+            settled = False
+            outcomes.made.clear()  # nobody can log in
         if outcomes:
             await trio.to_thread.run_sync(outcomes.record, self._db)
         for item in outcomes.ended:
             self._secrets.forget(item.id)
         return settled
+
+    async def _open_portal(self) -> bool:
+        """Let initiators in, now that there is something for all of them; return False if not."""
+        try:
+            await self._targets.open_portal()
+        except StratocacheError as error:
+            log.error("nobody can log in: %s", error)
+            return False
+        return True
 
     async def _make_all(
         self,

@@ -9,6 +9,8 @@ What tgtd does and does not, as measured:
   last, as an initiator that finds no LUN gives up instead of trying again.
 - Discovery lists whatever the access list allows, without any password, unless an account is bound
   to no target in particular. `create` binds one whose secret nobody knows: discovery is refused.
+- Who connects while there is no target is cut off, who asks for one that is not there is refused;
+  either may confuse initiators (`TARGETS.md`, "A fault of iscsid"). So the portal is opened last.
 - The backing store `rdwr` calls fdatasync for SYNCHRONIZE CACHE and for writes with FUA, and the
   caching mode page says that there is a write cache.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 import trio
 
 from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError, Unreachable
+from stratocache.fs.portal import Portal
 from stratocache.fs.target import LUN, ActualTarget, Session, Target
 from stratocache.fs.tgt_protocol import (
     NO_LUN,
@@ -31,6 +34,7 @@ from stratocache.fs.tgt_protocol import (
     Operation,
     Refused,
     Request,
+    parse_portals,
     parse_sessions,
     parse_targets,
 )
@@ -63,6 +67,7 @@ class Tgt:
     def __init__(
         self,
         control: Path,
+        portal: Portal,
         *,
         answer_timeout_s: float = _ANSWER_TIMEOUT_S,
         busy_timeout_s: float = _BUSY_TIMEOUT_S,
@@ -74,6 +79,7 @@ class Tgt:
         self._orders: list[_Order] = []
         """Those that wait for the lock; who gets it makes all of them."""
         self._control = control
+        self._portal = portal
         self._stuck: set[int] = set()
         """Targets that a removal has waited for in vain; the next ones do not hold others up."""
         self._discovery_closed: object = None
@@ -133,7 +139,35 @@ class Tgt:
         async with self._changing:
             await self._remove(number)
 
+    async def open_portal(self) -> None:
+        """Let initiators in; see `TargetDaemon.open_portal`."""
+        async with self._changing:
+            await trio.to_thread.run_sync(self._open_portal)
+
     # -- steps
+
+    def _open_portal(self) -> None:
+        """Listen on the portal and nowhere else: where tgtd was started is nobody's business."""
+        if self.incarnation() != self._discovery_closed:
+            self._close_discovery()
+        addresses = self._portal.addresses()
+        ours = False
+        for address, port in parse_portals(self._tgtd.ask(Request(Mode.PORTAL, Operation.SHOW))):
+            if address in addresses and port == self._portal.port:
+                ours = True
+            else:
+                where = f"portal={Portal(address, port)}"
+                self._tgtd.ask(Request(Mode.PORTAL, Operation.DELETE, where))
+        if ours:
+            return
+        try:
+            self._tgtd.ask(Request(Mode.PORTAL, Operation.NEW, f"portal={self._portal}"))
+        except Refused as refusal:
+            raise Conflict(
+                "portal-in-use",
+                f"tgtd cannot listen on {self._portal}; stop the program that does, or set another "
+                "iscsi.port.",
+            ) from refusal
 
     def _make_all(self, orders: Sequence[_Order]) -> None:
         """Make targets, step by step, each step for all: in one thread, for a change of threads

@@ -39,6 +39,7 @@ class Mode(enum.IntEnum):
     SYSTEM = 0
     TARGET = 1
     LOGICAL_UNIT = 2
+    PORTAL = 3
     CONNECTION = 6
     ACCOUNT = 7
 
@@ -248,6 +249,15 @@ def parse_targets(text: str) -> Iterator[ActualTarget]:
             shown.read(indent, line.strip())
     if shown is not None:
         yield shown.result()
+
+
+_PORTAL = re.compile(r"^Portal: \[?(?P<address>[^\]\n]+?)\]?:(?P<port>[0-9]+),", re.MULTILINE)
+
+
+def parse_portals(text: str) -> Iterator[tuple[str, int]]:
+    """Read the answer to SHOW PORTAL: numeric addresses and ports."""
+    for found in _PORTAL.finditer(text):
+        yield found["address"], int(found["port"])
 
 
 _CONNECTION = re.compile(

@@ -1,6 +1,7 @@
 """Differences between attachments and a real tgtd, made by hand: each is repaired and reported."""
 
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from support.disk_daemon import ROOT, DiskHost
 from support.iscsi import INITIATOR, Guest, Initiator, free_port, running_tgtd
 
 from stratocache.fs import disk_intents, intents, inventory
+from stratocache.fs.portal import Portal
 from stratocache.fs.records import Attachment, DiskRequest
-from stratocache.fs.target import ActualTarget, iqn_of
+from stratocache.fs.target import ActualTarget, Target, iqn_of
 from stratocache.fs.target_reconciliation import TargetReconciliation
 from stratocache.fs.tgt import Tgt
 
@@ -34,7 +36,7 @@ class Site:
     bystander: str
 
     def __post_init__(self) -> None:
-        self.tgt = Tgt(self.control)
+        self.tgt = Tgt(self.control, Portal("127.0.0.1", self.port))
         host = self.host
         self.reconciliation = TargetReconciliation(
             host.configuration, host.db, host.disks(), self.tgt
@@ -63,10 +65,10 @@ class Site:
             env={**os.environ, "TGT_IPC_SOCKET": str(self.control.with_suffix(""))}, check=True,
         )  # fmt: skip
 
-    def account(self, operation: str, *arguments: str) -> None:
-        """Change tgtd's accounts, which belong to no target."""
+    def admin_all(self, mode: str, operation: str, *arguments: str) -> None:
+        """Change what belongs to no target: accounts, portals."""
         subprocess.run(
-            ["tgtadm", "--lld", "iscsi", "--mode", "account", "--op", operation, *arguments],
+            ["tgtadm", "--lld", "iscsi", "--mode", mode, "--op", operation, *arguments],
             env={**os.environ, "TGT_IPC_SOCKET": str(self.control.with_suffix(""))}, check=True,
         )  # fmt: skip
 
@@ -98,8 +100,8 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A site at rest, where every pass looks at everything."""
+def new_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A site with a tgtd that was just started, where every pass looks at everything."""
     monkeypatch.setattr(
         "stratocache.fs.target_reconciliation._LOOK_INTERVAL_S", float("-inf")
     )  # fmt: skip
@@ -110,11 +112,86 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         uuid = host.end(operation).subject
         ids.append(intents.attach(host.db, ROOT, uuid, instance="vm", initiator=INITIATOR).subject)
     port = free_port()
-    with running_tgtd(tmp_path, port) as control:
-        made = Site(host, control, port, *ids)
-        made.reconcile()
-        yield made
+    with running_tgtd(tmp_path, port, closed=True) as control:
+        yield Site(host, control, port, *ids)
     host.close()
+
+
+@pytest.fixture
+def site(new_site: Site) -> Site:
+    """The same at rest."""
+    new_site.reconcile()
+    return new_site
+
+
+class _WatchedTgt(Tgt):
+    """Notes whether anybody could connect when a target was about to be made and had been."""
+
+    def __init__(self, control: Path, portal: Portal) -> None:
+        super().__init__(control, portal)
+        self.reachable: list[bool] = []
+        self._port = portal.port
+
+    async def create(self, target: Target) -> None:
+        """As without a watch."""
+        self.reachable.append(_accepts(self._port))
+        await super().create(target)
+        self.reachable.append(_accepts(self._port))
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_nobody_connects_before_the_last_target_is_made(new_site: Site) -> None:
+    """A tgtd that was started anew refuses connections until all targets are there, then both
+    initiators get in at once."""
+    site = new_site
+    watched = _WatchedTgt(site.control, Portal("127.0.0.1", site.port))
+    site.reconciliation = TargetReconciliation(
+        site.host.configuration, site.host.db, site.host.disks(), watched
+    )
+
+    site.reconcile()
+
+    assert watched.reachable == [False] * 4
+    assert _accepts(site.port)
+    for attachment in (site.victim, site.bystander):
+        assert site.initiator(attachment).io("read 0 512").returncode == 0
+
+
+def test_attachment_waits_for_a_taken_portal(new_site: Site) -> None:
+    """While another program has the portal nothing is said to be attached, and it is tried again."""
+    site = new_site
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", site.port))
+        other.listen()
+        assert not trio.run(site.reconciliation.reconcile)
+        assert inventory.attachment(site.host.db, site.bystander).state == "wanted"
+
+    site.reconcile()
+
+    assert inventory.attachment(site.host.db, site.bystander).state == "ready"
+    assert site.initiator(site.bystander).io("read 0 512").returncode == 0
+
+
+def test_portal_that_somebody_closed_is_opened_again(site: Site) -> None:
+    """A portal that is missing is opened at the next look, and one that is extra closed; sessions
+    notice nothing."""
+    stranger = free_port()
+    with Guest(site.initiator(site.bystander)) as guest:
+        guest.round()
+        for operation, port in (("delete", site.port), ("new", stranger)):
+            site.admin_all("portal", operation, "--param", f"portal=127.0.0.1:{port}")
+        assert (_accepts(site.port), _accepts(stranger)) == (False, True)
+
+        site.reconcile()
+
+        # a new login comes after a second at the earliest
+        assert max(guest.round() for _ in range(5)) < 0.9
+    assert (_accepts(site.port), _accepts(stranger)) == (True, False)
+    assert site.initiator(site.victim).io("read 0 512").returncode == 0
 
 
 def _delete(site: Site) -> None:
@@ -134,7 +211,7 @@ def _second_unit(site: Site) -> None:
 
 
 def _other_account(site: Site) -> None:
-    site.account("new", "--user", "mallory", "--password", "let-me-in-now")
+    site.admin_all("account", "new", "--user", "mallory", "--password", "let-me-in-now")
     site.admin("account", "unbind", "--user", site.victim)
     site.admin("account", "bind", "--user", "mallory")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +15,7 @@ import trio
 from support.iscsi import INITIATOR, Guest, Initiator, free_port, running_tgtd, server_pid
 
 from stratocache.cache.errors import Conflict, Internal, InvalidInput, Unreachable
+from stratocache.fs.portal import Portal
 from stratocache.fs.target import (
     Target,
     check_initiator_name,
@@ -79,12 +81,80 @@ class Bench:
         )
 
 
+def _portal(port: int) -> Portal:
+    return Portal("127.0.0.1", port)
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     """A running tgtd without targets."""
     port = free_port()
     with running_tgtd(tmp_path, port) as control:
-        yield Bench(tmp_path, port, control, Tgt(control))
+        yield Bench(tmp_path, port, control, Tgt(control, _portal(port)))
+
+
+@pytest.fixture
+def closed_bench(tmp_path: Path) -> Iterator[Bench]:
+    """A tgtd as the supervisor starts it, which nobody can reach yet."""
+    port = free_port()
+    with running_tgtd(tmp_path, port, closed=True) as control:
+        yield Bench(tmp_path, port, control, Tgt(control, _portal(port)))
+
+
+def _listening(pid: int) -> set[str]:
+    """Return the addresses that a process listens on."""
+    shown = subprocess.run(["ss", "-Hltnp"], check=True, capture_output=True, text=True).stdout
+    return {line.split()[3] for line in shown.splitlines() if f"pid={pid}," in line}
+
+
+def test_portal_is_opened_alone(closed_bench: Bench) -> None:
+    """A tgtd listens for nobody until its portal is opened, then there only, and twice is once."""
+    bench = closed_bench
+    initiator = bench.create(bench.target())
+    pid = server_pid(bench.control)
+    before = _listening(pid)
+    assert before and not any(where.endswith(f":{bench.port}") for where in before)
+    assert all(where.startswith("127.0.0.2:") for where in before)
+    assert initiator.io("read 0 512").returncode != 0
+
+    bench.run(bench.tgt.open_portal)
+    bench.run(bench.tgt.open_portal)
+
+    assert _listening(pid) == {f"127.0.0.1:{bench.port}"}
+    assert initiator.io("read 0 512").returncode == 0
+    assert initiator.discover().returncode != 0
+    bench.admin("--mode", "portal", "--op", "delete", "--param", f"portal=127.0.0.1:{bench.port}")
+    assert initiator.io("read 0 512").returncode != 0
+    bench.run(bench.tgt.open_portal)
+    assert initiator.io("read 0 512").returncode == 0
+
+
+def test_named_and_sixth_version_portals(closed_bench: Bench) -> None:
+    """A portal may be a name or an IPv6 address; opening it again changes nothing."""
+    bench = closed_bench
+    for address in ("localhost", "::1"):
+        tgt = Tgt(bench.control, Portal(address, bench.port))
+        bench.run(tgt.open_portal)
+        opened = _listening(server_pid(bench.control))
+        bench.run(tgt.open_portal)
+        assert _listening(server_pid(bench.control)) == opened
+        assert opened <= {f"127.0.0.1:{bench.port}", f"[::1]:{bench.port}"}
+        assert opened
+
+
+def test_taken_portal_is_a_conflict(closed_bench: Bench) -> None:
+    """A port that another program has taken is told as such, and opened when it is free again."""
+    bench = closed_bench
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", bench.port))
+        other.listen()
+        with pytest.raises(Conflict) as caught:
+            bench.run(bench.tgt.open_portal)
+    assert caught.value.code == "portal-in-use"
+
+    bench.run(bench.tgt.open_portal)
+
+    assert _listening(server_pid(bench.control)) == {f"127.0.0.1:{bench.port}"}
 
 
 def test_chap_lets_in_who_knows_the_secret(bench: Bench) -> None:
@@ -310,14 +380,14 @@ def test_values_that_would_be_parameters_are_refused(bench: Bench) -> None:
 def test_absent_daemon_is_unreachable(tmp_path: Path) -> None:
     """No socket is `Unreachable` at once."""
     with pytest.raises(Unreachable) as caught:
-        trio.run(Tgt(tmp_path / "tgtd.0").list)
+        trio.run(Tgt(tmp_path / "tgtd.0", _portal(free_port())).list)
 
     assert caught.value.code == "target-daemon-unreachable"
 
 
 def test_silent_daemon_is_unreachable_in_bounded_time(bench: Bench) -> None:
     """A stopped tgtd does not hold its caller longer than the time given."""
-    hasty = Tgt(bench.control, answer_timeout_s=0.3)
+    hasty = Tgt(bench.control, _portal(bench.port), answer_timeout_s=0.3)
     pid = server_pid(bench.control)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -334,7 +404,7 @@ def test_busy_target_is_a_conflict(bench: Bench) -> None:
     with Guest(initiator) as guest:
         guest.round()
         with pytest.raises(Conflict) as caught:
-            trio.run(Tgt(bench.control, busy_timeout_s=0).remove, 1)
+            trio.run(Tgt(bench.control, _portal(bench.port), busy_timeout_s=0).remove, 1)
         assert caught.value.code == "target-busy"
         assert bench.run(bench.tgt.list)[1].acl == ()
         assert initiator.io("read 0 512").returncode != 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from stratocache.cache.errors import Conflict
+from stratocache.fs.portal import Portal
 from stratocache.fs.target import ActualTarget, Session, Target
 from stratocache.fs.tgt import Tgt
 from support.crashing import CrashingTargets, Fuse
@@ -127,7 +128,7 @@ class TgtWorld:
         self._stack = contextlib.ExitStack()
         self._guests: dict[Key, Guest] = {}
         self._start()
-        self.targets = CrashingTgt(self._control)
+        self.targets = CrashingTgt(self._control, Portal("127.0.0.1", self._port))
         self.targets.fuse = fuse
 
     def _start(self) -> None:

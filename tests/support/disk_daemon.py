@@ -55,6 +55,9 @@ class MemoryTargets:
         """It dies only while no process is there."""
         return self
 
+    async def open_portal(self) -> None:
+        """There is none."""
+
     async def sessions(self, number: int) -> tuple[Session, ...]:
         """Nobody is logged in."""
         return ()

@@ -24,6 +24,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs.fuse_connection import serve_inherited
 from stratocache.fs.poke import PokeListener
+from stratocache.fs.portal import Portal
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.target import Target, iqn_of, serial_of
 from stratocache.fs.tgt import Tgt
@@ -116,6 +117,7 @@ async def _keep_export(target: Target, daemon: Tgt, listener: PokeListener) -> N
     while True:
         with suppress(StratocacheError):
             await daemon.create(target)
+            await daemon.open_portal()
         await listener.wait()
 
 
@@ -134,7 +136,9 @@ async def _serve(
             os.write(ready_fd, b"R")
             os.close(ready_fd)
             if exporting:
-                target, daemon = export(configuration.run_dir), Tgt(directory.tgt_control)
+                target = export(configuration.run_dir)
+                portal = Portal(configuration.iscsi.address, configuration.iscsi.port)
+                daemon = Tgt(directory.tgt_control, portal)
                 nursery.start_soon(_keep_export, target, daemon, listener)
 
 

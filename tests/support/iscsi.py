@@ -14,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from stratocache.fs.portal import Portal
+from stratocache.fs.target_process import TargetProcess
+
 _COMMAND_TIMEOUT_S = 20
 _START_TIMEOUT_S = 20
 INITIATOR = "iqn.2026-11.org.example:tests"
@@ -232,15 +235,17 @@ class BusyGuest:
 
 
 @contextlib.contextmanager
-def running_tgtd(folder: Path, port: int) -> Iterator[Path]:
-    """Run a private tgtd; give its management socket."""
+def running_tgtd(folder: Path, port: int, *, closed: bool = False) -> Iterator[Path]:
+    """Run a private tgtd; give its management socket. `closed`: as the supervisor starts it, which
+    leaves the portal to whoever makes its targets."""
     control = folder / "tgtd.0"
-    environment = {**os.environ, "TGT_IPC_SOCKET": str(control.with_suffix(""))}
+    portal = Portal("127.0.0.1", port)
+    launch = TargetProcess("tgt", portal, "tgtd", control, folder / "blocks").launch()
+    command = launch.command if closed else ["tgtd", "-f", "--iscsi", f"portal={portal}"]
     with (folder / "tgtd.log").open("wb") as log:
         process = subprocess.Popen(
-            ["tgtd", "-f", "--iscsi", f"portal=127.0.0.1:{port}"],
-            env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
+            command, env={**os.environ, **launch.environment}, stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not _accepts(control):
