@@ -222,8 +222,9 @@ def detach(
     """End the export of a disk to an instance; who is logged in is logged out.
 
     With --qmp or --domain the disk is unplugged from that running machine first; when its guest
-    does not let it go, it stays attached. A machine that has ended is fine. With --open-iscsi this
-    host logs out first, unless it uses the device.
+    does not let it go, it stays attached. A machine that has ended is fine, a SOCKET that is not
+    there is not: leave --qmp out then. With --open-iscsi this host logs out first, unless it uses
+    the device.
     """
     place = place_of(qmp, domain, libvirt, timeout_s)
     if open_iscsi:

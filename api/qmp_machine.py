@@ -38,7 +38,7 @@ CONTROLLER = "sc-scsi"
 _PERIPHERAL = "/machine/peripheral"
 _DRIVERS: dict[str, str] = {"virtio": "virtio-blk-pci", "scsi": "scsi-hd", "ide": "ide-hd"}
 _BUSES = {"virtio-blk-pci": "virtio", "scsi-hd": "scsi", "ide-hd": "ide"}
-_GONE = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, EOFError)
+_GONE = (ConnectionRefusedError, ConnectionResetError, EOFError)
 # Bridges below which one device can be plugged: pcie-root-port, ioh3420, xio3130-downstream.
 _PORTS = {(0x1B36, 0x000C), (0x8086, 0x3420), (0x104C, 0x8233)}
 _EVENTS = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
@@ -47,7 +47,7 @@ _ALIVE_S = 1.0
 
 
 class QemuGone(MachineGone, Unreachable):
-    """No QEMU answers on the socket any more, or there never was one."""
+    """No QEMU answers on the socket any more: it has ended."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(
@@ -61,7 +61,7 @@ def open_qmp(path: Path, timeout_s: float) -> "Iterator[QmpMachine]":
     """Connect to a monitor until the end of the block.
 
     `timeout_s` bounds each answer, and the guest's time to let a disk go. Raises `QemuGone` and
-    `Unreachable` (`qmp-forbidden`, `qmp-busy`, `qmp-invalid`).
+    `Unreachable` (`qemu-unreachable`, `qmp-forbidden`, `qmp-busy`, `qmp-invalid`).
     """
     # It logs every message, those with secrets too.
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
@@ -86,6 +86,12 @@ async def _connect(client: QMPClient, path: Path, timeout_s: float) -> None:
         cause = error.exc if isinstance(error, ConnectError) else error
         if isinstance(cause, _GONE):
             raise QemuGone(path, cause) from None
+        if isinstance(cause, FileNotFoundError):  # mistyped, as likely as taken away by QEMU
+            raise Unreachable(
+                "qemu-unreachable",
+                f"There is no socket {path}; start QEMU with -qmp unix:{path},server=on,wait=off, "
+                "or detach without --qmp when it has ended.",
+            ) from None
         if isinstance(cause, TimeoutError):
             raise Unreachable(
                 "qmp-busy",

@@ -188,8 +188,7 @@ def test_machine_that_ended_has_let_go(api: Api, run: Run, configuration: Config
     with paused_qemu(stale):
         pass
     assert stale.exists() and not listens(stale)
-    places = [("--qmp", str(stale)), ("--qmp", str(stale) + "-none"),
-              ("--domain", "no-such", "--libvirt", "test:///default")]  # fmt: skip
+    places = [("--qmp", str(stale)), ("--domain", "no-such", "--libvirt", "test:///default")]
     for place in places:
         uuid = attach_by_hand(api, run)
         result = run("disk", "detach", uuid, *place, "--json")
@@ -199,6 +198,16 @@ def test_machine_that_ended_has_let_go(api: Api, run: Run, configuration: Config
             "detached": uuid, "instance": "vm", "unplugged": False
         }  # fmt: skip
         assert attached(api, uuid) == []
+
+
+def test_wrong_socket_detaches_nothing(api: Api, run: Run, monitor: Path) -> None:
+    """A path without a socket is no proof that QEMU has ended: the disk stays attached."""
+    uuid = attach_by_hand(api, run)
+
+    result = run("disk", "detach", uuid, "--qmp", f"{monitor}-mistyped")
+
+    assert "without --qmp" in error(result, 10, "qemu-unreachable")
+    assert attached(api, uuid) == ["vm"]
 
 
 @pytest.mark.parametrize(
