@@ -57,7 +57,7 @@ crash: test-tools ## run the crash tests with every case; takes hours (root)
 		CACHE_REQUESTS=$${CACHE_REQUESTS:-1000} \
 		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py \
 		tests/fs/test_eviction.py -s \
-		-o python_files="test_*.py physical_host.py" -o faulthandler_timeout=0 $(ARGS)
+		-o python_files="test_*.py physical_host.py lio_conformance.py" -o faulthandler_timeout=0 $(ARGS)
 
 serve: venv ## run the appliance here, with its state in build/serve (root)
 	@mkdir -p build/serve/state build/serve/run

@@ -3,6 +3,7 @@
 Minutes of software emulation, so only `make crash` names this file; `tests/vm` has the parts.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 from support import initiator_guest as inside
 from support import lio_guest
+from support.iscsi import BusyGuest, Guest, Initiator
 from support.kernel_guest import KernelGuest
+from support.lio_guest import PORT
 from support.publishing import Published, publish_image
 
 pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -20,6 +23,13 @@ MIB = 1024**2
 BASE_BYTES = 4 * MIB
 DISK_BYTES = 32 * MIB
 GROWN_BYTES = 48 * MIB
+ROUNDS = int(os.environ.get("HOST_ROUNDS", "1"))
+"""How often everybody is killed in turn."""
+DEATHS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "tgt": (("blockd",), ("tgtd",), ("supervisor",), ("blockd", "supervisor"), ()),
+    "lio": (("blockd",), ("lio_server",), ("supervisor",), ("blockd", "supervisor"), ()),
+}
+"""Who is killed at once; nobody named means everything of ours."""
 _ROUNDS_TIMEOUT_S = 480.0
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -55,11 +65,17 @@ class Host:
         uuid: str = self.command(f"disk create {base}--size {DISK_BYTES}")["uuid"]
         return uuid
 
+    def initiator(self, attachment: Any) -> Initiator:
+        """Return who may log in to an attachment from the machine that emulates this host."""
+        chap = attachment["chap"]
+        port = self.guest.port(PORT)
+        return Initiator(port, attachment["target_iqn"], chap["username"], chap["secret"])
+
 
 @pytest.fixture(scope="module")
 def kernel_guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelGuest]:
     """A guest of this module's own."""
-    with KernelGuest(tmp_path_factory.mktemp("kernel-guest"), memory_mib=1536) as guest:
+    with KernelGuest(tmp_path_factory.mktemp("kernel-guest"), PORT, memory_mib=1536) as guest:
         yield guest
 
 
@@ -165,22 +181,37 @@ def _check_secrets(host: Host) -> None:
 
 @pytest.mark.parametrize("form", ["raw", "overlay"])
 def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
-    """This host's device sees no error when `blockd` or, with LIO, everything of ours is killed."""
+    """Whoever is killed, alone or together, this host's device and a disk of libiscsi see no error,
+    and nothing is lost. The kernel cannot re-send FUSE requests: `blockd` takes tgtd with it."""
     host = iscsid
-    uuid = host.disk(form)
+    uuid, other = host.disk(form), host.disk(form)
     device = host.command(f"disk attach {uuid} --instance here --open-iscsi")["device"]
+    initiator = host.initiator(host.command(f"disk attach {other} --instance elsewhere"))
     host.call(inside.start_writing, device)
-    _more_rounds(host, device)
-    host.call(inside.kill, host.backend, "stratocache.fs.blockd")
-    _more_rounds(host, device)
-    if host.backend == "lio":  # with tgt iscsid may stick: TARGETS.md, "A fault of iscsid"
-        host.call(inside.kill, host.backend)
-        _more_rounds(host, device)
-    rounds, longest_s = host.call(inside.stop_writing, device)
-    print(f"{host.backend} {form}: {rounds} rounds, longest {longest_s:.1f} s")
+    with Guest(initiator, _ROUNDS_TIMEOUT_S) as guest, BusyGuest(guest) as busy:
+        for victims in ROUNDS * DEATHS[host.backend]:
+            _more_rounds(host, device)
+            host.call(inside.pause, device)
+            busy.reset()
+            before = host.call(inside.starts_of_tgtd, host.backend)
+            host.call(inside.kill, host.backend, *victims)
+            _more_rounds(host, device)
+            print(
+                f"{host.backend} {form:8} {'+'.join(victims) or 'everything':18} kernel initiator "
+                f"{host.call(inside.pause, device):5.1f} s, libiscsi {busy.pause():5.1f} s"
+            )
+            if victims == ("blockd",):
+                again = host.call(inside.starts_of_tgtd, host.backend) - before
+                assert again == (host.backend == "tgt")
+        print(f"libiscsi: {busy.rounds} rounds")
+    written = host.call(inside.stop_writing, device)
+    print(f"kernel initiator: {written.rounds} rounds, {written.lost} lost")
+    assert written.lost == 0
 
     host.command(f"disk detach {uuid} --open-iscsi")
-    host.command(f"disk rm {uuid}")
+    host.command(f"disk detach {other}")
+    for gone in (uuid, other):
+        host.command(f"disk rm {gone}")
 
 
 def _more_rounds(host: Host, device: str) -> None:

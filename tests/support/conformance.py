@@ -3,7 +3,7 @@
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Outcome = Literal["passed", "skipped", "failed", "hung"]
@@ -49,6 +49,28 @@ def _outcome(text: str) -> Outcome:
     if not re.search(r"passed$", text, re.MULTILINE):
         return "hung"
     return "skipped" if "[SKIPPED]" in text else "passed"
+
+
+def compare(
+    chosen: Sequence[str], urls: Mapping[str, str], yardsticks: Mapping[str, str], limit_s: float
+) -> list[str]:
+    """Run groups against subjects, print the table, and return what is worse than its yardstick.
+
+    `yardsticks` names for a subject the one that it is measured by.
+    """
+    width = max(map(len, chosen))
+    print(f"{'passed/failed/skipped':{width}}" + "".join(f"{subject:>14}" for subject in urls))
+    wrong = []
+    for group in chosen:
+        outcomes = {subject: run_group(group, url, limit_s) for subject, url in urls.items()}
+        assert all(outcomes.values()), f"no test of {group} ran"
+        print(f"{group:{width}}" + "".join(f"{summary(of):>14}" for of in outcomes.values()))
+        wrong += [
+            f"{subject}: {group}.{text}"
+            for subject, yardstick in yardsticks.items()
+            for text in worse(outcomes[subject], outcomes[yardstick])
+        ]
+    return wrong
 
 
 def worse(ours: Mapping[str, Outcome], yardstick: Mapping[str, Outcome]) -> list[str]:

@@ -1,5 +1,6 @@
 """An appliance and open-iscsi in a kernel guest: what tests call there (`support.guest_agent`)."""
 
+import contextlib
 import json
 import mmap
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ _DAEMON_LOG = Path("/run/iscsid.log")
 _RECORDS = Path("/etc/iscsi/nodes")
 _TIMEOUT_S = 480.0
 _BLOCK_BYTES = 4096
+_PLACES = 64
+_PROGRAMS = {
+    "blockd": "stratocache.fs.blockd",
+    "tgtd": "tgtd -f",
+    "lio_server": "stratocache.fs.lio_server",
+    "api": "stratocache.api.server",
+}
 _running: dict[str, Appliance] = {}
 _writers: dict[str, "Writer"] = {}
 
@@ -107,21 +116,39 @@ def stop_appliance(backend: str) -> None:
     _running.pop(backend).stop()
 
 
-def kill(backend: str, *wanted: str) -> None:
-    """Kill processes of the appliance by words of their command lines, or all and start again."""
+def kill(backend: str, *victims: str) -> None:
+    """Kill programs of the appliance by name, or all; start it again when its supervisor is among
+    them, and return when it is ready."""
     appliance = _running[backend]
-    if not wanted:
+    supervisor = appliance.process
+    assert supervisor is not None
+    if not victims:
         appliance.kill()
         appliance.start()
         return
-    pids = appliance.pids(*wanted)
-    assert pids
+    wanted = [_PROGRAMS[victim] for victim in victims if victim != "supervisor"]
+    pids = appliance.pids(*wanted) if wanted else []
+    assert bool(pids) == bool(wanted)
+    if "supervisor" in victims:
+        pids.append(supervisor.pid)
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it dies with its parent
+            os.kill(pid, signal.SIGKILL)
+    if "supervisor" in victims:
+        supervisor.wait(_TIMEOUT_S)
+        appliance.start()
+        return
     deadline = time.monotonic() + _TIMEOUT_S
     while not (appliance.ready() and set(appliance.pids(*wanted)) - set(pids)):
         assert time.monotonic() < deadline, appliance.log.read_text()[-4000:]
         time.sleep(0.1)
+
+
+def starts_of_tgtd(backend: str) -> int:
+    """Return how often the supervisor has started tgtd, or what stands for it, again."""
+    status = json.loads((_running[backend].run_dir / "supervisor.json").read_text())
+    restarts: int = status["children"]["tgtd"]["restarts"]
+    return restarts
 
 
 def command(backend: str, line: str) -> tuple[int, Any]:
@@ -201,6 +228,15 @@ def allocated_bytes(backend: str, disk: str) -> int:
     return (_running[backend].state_dir / "disks" / disk / "data").stat().st_blocks * 512
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a writer did, none of which failed."""
+
+    rounds: int
+    lost: int
+    """Blocks that had something else at the end than was last written to them."""
+
+
 class Writer:
     """Writes numbered blocks to a device and reads them back, in a thread, until it is told to stop."""
 
@@ -225,11 +261,11 @@ class Writer:
             raise
 
     def _round(self) -> None:
-        place = self.rounds % 64 * _BLOCK_BYTES
+        place = self.rounds % _PLACES * _BLOCK_BYTES
         descriptor = os.open(self._device, os.O_RDWR | os.O_DIRECT)
         try:
             with mmap.mmap(-1, _BLOCK_BYTES) as buffer:
-                text = f"round {self.rounds}".encode().ljust(_BLOCK_BYTES, b".")
+                text = _text(self.rounds)
                 buffer[:] = text
                 os.pwrite(descriptor, buffer, place)
                 os.fsync(descriptor)
@@ -245,6 +281,15 @@ class Writer:
         self._thread.join(_TIMEOUT_S)
         assert not self._thread.is_alive(), "a request never ends"
 
+    def lost(self) -> int:
+        """Count the blocks that are not what was last written to them."""
+        last = range(max(0, self.rounds - _PLACES), self.rounds)
+        return sum(read_block(self._device, number % _PLACES) != _text(number) for number in last)
+
+
+def _text(number: int) -> bytes:
+    return f"round {number}".encode().ljust(_BLOCK_BYTES, b".")
+
 
 def start_writing(device: str) -> None:
     """Write to a device until `stop_writing`."""
@@ -258,9 +303,16 @@ def rounds_written(device: str) -> int:
     return writer.rounds
 
 
-def stop_writing(device: str) -> tuple[int, float]:
-    """Stop; return the rounds and the longest of them in seconds. No round may have failed."""
+def pause(device: str) -> float:
+    """Return how long the longest round has taken since this was last asked, in seconds."""
+    writer = _writers[device]
+    longest_s, writer.longest_s = writer.longest_s, 0.0
+    return longest_s
+
+
+def stop_writing(device: str) -> Written:
+    """Stop, and read everything again. No round may have failed."""
     writer = _writers.pop(device)
     writer.stop()
     assert writer.error is None, repr(writer.error)
-    return writer.rounds, writer.longest_s
+    return Written(writer.rounds, writer.lost())

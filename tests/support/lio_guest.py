@@ -30,6 +30,7 @@ UUIDS = (
 )
 _START_TIMEOUT_S = 60.0
 _FOREIGN = "iqn.2026-11.org.example:foreign"
+_BARE = "iqn.2026-11.org.example:bare"
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -143,6 +144,33 @@ def make_foreign_target() -> None:
     (file / "enable").write_text("1\n")
     folder.mkdir(parents=True)
     (folder / "disk").symlink_to(file)
+
+
+def export_bare(number: int, size_bytes: int, *, thin: bool) -> str:
+    """Export a new file by the kernel's own means, open to everybody; return the target's name."""
+    iqn = f"{_BARE}{number}"
+    file = lio_switch.CORE / f"fileio_{number}" / "bare"
+    file.mkdir(parents=True)
+    make_file(DATA / f"bare{number}", size_bytes)
+    (file / "control").write_text(
+        f"fd_dev_name={DATA / f'bare{number}'},fd_dev_size={size_bytes},fd_buffered_io=1\n"
+    )
+    (file / "enable").write_text("1\n")
+    group = lio_switch.ISCSI / iqn / lio_switch.GROUP
+    (group / "lun/lun_1").mkdir(parents=True)
+    (group / "lun/lun_1/disk").symlink_to(file)
+    settings = {
+        file / "attrib/emulate_tpu": int(thin),
+        file / "attrib/emulate_tpws": int(thin),
+        group / "attrib/authentication": 0,
+        group / "attrib/generate_node_acls": 1,
+        group / "attrib/demo_mode_write_protect": 0,
+    }
+    for path, value in settings.items():
+        path.write_text(f"{value}\n")
+    (group / "np" / f"0.0.0.0:{PORT}").mkdir()
+    (group / "enable").write_text("1\n")
+    return iqn
 
 
 def foreign_target_lives() -> bool:

@@ -180,7 +180,7 @@ def test_mounted_device_stays(iscsid: Bench) -> None:
 
 @pytest.mark.parametrize("form", ["raw", "overlay"])
 def test_deaths_are_pauses(iscsid: Bench, form: str) -> None:
-    """The device sees no error when `blockd` or tgtd is killed."""
+    """The device sees no error and loses nothing when `blockd`, tgtd, or everything is killed."""
     bench, guest = iscsid, iscsid.guest
     uuid, attachment = bench.attached(form)
     device = bench.log_in(attachment).path
@@ -190,8 +190,13 @@ def test_deaths_are_pauses(iscsid: Bench, form: str) -> None:
         for pid in bench.appliance.pids(name):
             os.kill(pid, signal.SIGKILL)
         _more_rounds(bench, device)
-    rounds, longest_s = guest.call(inside.stop_writing, device)
-    print(f"{form}: {rounds} rounds, longest {longest_s:.1f} s")
+    bench.appliance.kill()
+    bench.appliance.start()
+    _more_rounds(bench, device)
+    longest_s = guest.call(inside.pause, device)
+    written = guest.call(inside.stop_writing, device)
+    print(f"{form}: {written.rounds} rounds, longest {longest_s:.1f} s")
+    assert written.lost == 0
 
     bench.log_out(attachment)
     bench.remove(uuid, attachment)
