@@ -76,6 +76,8 @@ class TargetReconciliation:
         self._shared: set[str] = set()
         """Attachments of which it has been said that several initiators use them."""
         self._looked_at = 0.0
+        self._looked_for: object = None
+        """The incarnation that was there when a look began."""
 
     async def release(self, disk_uuid: str) -> bool:
         """Let go of a disk's file: remove its targets, until `reconcile` makes them again.
@@ -90,7 +92,7 @@ class TargetReconciliation:
 
     async def reconcile(self) -> bool:
         """Make targets agree with attachments; return False when that must be tried again."""
-        incarnation = self._targets.incarnation()
+        incarnation = self._looked_for = self._targets.incarnation()
         known = (
             incarnation is not None
             and incarnation == self._known
@@ -172,10 +174,12 @@ class TargetReconciliation:
 
     async def _open_portal(self) -> bool:
         """Let initiators in, now that there is something for all of them; return False if not."""
+        if self._targets.incarnation() != self._looked_for:
+            return False  # started anew meanwhile, so there is nothing
         try:
             await self._targets.open_portal()
         except StratocacheError as error:
-            log.error("nobody can log in: %s", error)
+            log.warning("nobody can log in: %s", error)
             return False
         return True
 

@@ -161,6 +161,34 @@ def test_nobody_connects_before_the_last_target_is_made(new_site: Site) -> None:
         assert site.initiator(attachment).io("read 0 512").returncode == 0
 
 
+class _RestartedTgt(Tgt):
+    """Meets another tgtd after each target that it makes; that is known by the socket's file."""
+
+    def __init__(self, control: Path, portal: Portal) -> None:
+        super().__init__(control, portal)
+        self._file = control
+
+    async def create(self, target: Target) -> None:
+        """Make a target, which is gone then, as far as can be known."""
+        await super().create(target)
+        self._file.touch()
+
+
+def test_portal_of_another_tgtd_stays_closed(new_site: Site) -> None:
+    """When tgtd was started anew while targets were made, nobody is let in to the new one yet."""
+    site = new_site
+    restarted = _RestartedTgt(site.control, Portal("127.0.0.1", site.port))
+    reconciliation = TargetReconciliation(
+        site.host.configuration, site.host.db, site.host.disks(), restarted
+    )
+
+    assert not trio.run(reconciliation.reconcile)
+
+    assert not _accepts(site.port)
+    site.reconcile()
+    assert _accepts(site.port)
+
+
 def test_attachment_waits_for_a_taken_portal(new_site: Site) -> None:
     """While another program has the portal nothing is said to be attached, and it is tried again."""
     site = new_site
