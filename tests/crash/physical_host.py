@@ -17,8 +17,6 @@ from support.kernel_guest import KernelGuest
 from support.lio_guest import PORT
 from support.publishing import Published, publish_image
 
-pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1800)]
-
 MIB = 1024**2
 BASE_BYTES = 4 * MIB
 DISK_BYTES = 32 * MIB
@@ -31,6 +29,13 @@ DEATHS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Who is killed at once; nobody named means everything of ours."""
 _ROUNDS_TIMEOUT_S = 480.0
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800 + 900 * ROUNDS),
+]
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -201,8 +206,7 @@ def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
                 f"{host.call(inside.pause, device):5.1f} s, libiscsi {busy.pause():5.1f} s"
             )
             if victims == ("blockd",):
-                again = host.call(inside.starts_of_tgtd, host.backend) - before
-                assert again == (host.backend == "tgt")
+                assert host.call(inside.starts_of_tgtd, host.backend) > before
         print(f"libiscsi: {busy.rounds} rounds")
     written = host.call(inside.stop_writing, device)
     print(f"kernel initiator: {written.rounds} rounds, {written.lost} lost")
