@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 
 INCOMING = "incoming"
 """Where files are written before they have their name."""
+_DAMAGE = frozenset({
+    sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CORRUPT_INDEX, sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ,
+})  # fmt: skip
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -94,9 +98,23 @@ def open_index(directory: Path) -> Any:
         return _new_cache(directory)
     except sqlite3.DatabaseError as error:
         log.error("the chunk index in %s is damaged (%s); it is made again", directory, error)
-        for path in directory.glob("cache.db*"):
-            path.unlink()
+        discard_index(directory)
         return _new_cache(directory)
+
+
+def discard_index(directory: Path) -> None:
+    """Remove an index, which must be closed."""
+    for path in directory.glob("cache.db*"):
+        path.unlink(missing_ok=True)
+
+
+def is_damage(error: sqlite3.DatabaseError | diskcache.Timeout) -> bool:
+    """Tell whether an error of an index that worked says that its file no longer is one.
+
+    A statement that was right is wrong (SQLITE_ERROR) when its table is gone. diskcache says Timeout
+    of all that keeps a transaction from beginning, and nobody else writes here.
+    """
+    return isinstance(error, diskcache.Timeout) or error.sqlite_errorcode in _DAMAGE
 
 
 def _new_cache(directory: Path) -> Any:
@@ -112,6 +130,8 @@ def _new_cache(directory: Path) -> Any:
         tag_index=0,
         sqlite_journal_mode="wal",
         sqlite_synchronous=1,
+        # no memory map: a file that is cut would end the process, not the statement
+        sqlite_mmap_size=0,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import resource
+import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from stratocache.cache.chunkindex import INCOMING, ChunkDisk, Written, open_index
+import diskcache
+
+from stratocache.cache.chunkindex import (
+    INCOMING,
+    ChunkDisk,
+    Written,
+    discard_index,
+    is_damage,
+    open_index,
+)
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.space import full_disk_is_no_space
 
@@ -107,7 +117,7 @@ class ChunkStore:
             leftover.unlink()
         # diskcache keeps a connection per thread and cannot close another's: one thread has it.
         self._indexer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-index")
-        self._cache = self._index(lambda: open_index(directory))
+        self._cache = self._indexer.submit(open_index, directory).result()
         self._disk: ChunkDisk = self._cache.disk
         # Lock order: _removal, then _lock. _lock is taken by the event loop too and is never held
         # over a system call that may wait.
@@ -168,7 +178,28 @@ class ChunkStore:
 
     def _index(self, operation: Callable[[], _T]) -> _T:
         """Run an operation on diskcache in the thread that has its connection."""
-        return self._indexer.submit(operation).result()
+        return self._indexer.submit(self._with_index, operation).result()
+
+    def _with_index(self, operation: Callable[[], _T]) -> _T:
+        try:
+            return operation()
+        except (sqlite3.DatabaseError, diskcache.Timeout) as error:
+            if not is_damage(error):
+                raise
+            log.error("the chunk index is damaged (%s); it is made again", error)
+        self._renew_index()
+        return operation()
+
+    def _renew_index(self) -> None:
+        """Make the account again from the files, in the thread that has its connection."""
+        with suppress(sqlite3.Error):
+            self._cache.close()
+        discard_index(self._directory)
+        self._cache = open_index(self._directory)
+        for first_byte in range(256):
+            with self._cache.transact():
+                for digest in self.digests(first_byte):
+                    self._adopt(digest)
 
     def opened(self, digest: bytes) -> ChunkDescriptor | None:
         """Return the descriptor of a chunk that is open and verified, else None; never blocks."""

@@ -295,3 +295,35 @@ def test_the_index_has_no_pickles_and_evicts_nothing(chunks: ChunkStore, state_d
     assert settings["cull_limit"] == 0
     assert settings["size_limit"] == 2**62
     assert rows == [(digest, 1, diskcache.core.MODE_BINARY, None, None)]
+
+
+@pytest.mark.parametrize("reopened", [True, False])
+def test_an_index_that_rots_anywhere_costs_nothing(state_dir: Path, reopened: bool) -> None:
+    """Whichever page of the index is hurt, below an open store or a closed one, chunks can be put
+    and removed, and the account is that of the files."""
+    pieces = [_chunk(seed, 500 + seed) for seed in range(150)]
+    index = state_dir / "chunks" / "cache.db"
+    store = ChunkStore(state_dir / "chunks")
+    store.put_all(pieces)
+    store.close()
+    whole = index.read_bytes()
+    hurt = [whole[:0], whole[:5000], os.urandom(len(whole))]
+    for page in range(0, len(whole), 4096):
+        hurt.append(whole[:page] + os.urandom(4096) + whole[page + 4096 :])
+    for number, content in enumerate(hurt):
+        fresh = _chunk(1000 + number, 600)
+        if reopened:
+            index.write_bytes(content)
+        store = ChunkStore(state_dir / "chunks")
+        if not reopened:
+            index.write_bytes(content)
+        store.reconcile()
+        assert store.put(*fresh)
+        assert store.statistics().chunks == len(_files(state_dir)) == 151
+        assert store.remove({fresh[0]}) == 1
+        store.reconcile()
+        assert store.statistics().chunks == len(_files(state_dir)) == 150
+        store.close()
+        index.write_bytes(whole)
+        for leftover in ("cache.db-wal", "cache.db-shm"):
+            (state_dir / "chunks" / leftover).unlink(missing_ok=True)

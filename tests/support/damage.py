@@ -61,18 +61,17 @@ def remove(files: list[Path], chance: Random) -> None:
 KINDS: dict[str, Damage] = {
     "flip": flip, "cut": cut, "lengthen": lengthen, "blank": blank, "swap": swap, "remove": remove,
 }  # fmt: skip
-DAMAGES = [f"{room}-{kind}" for room in ("chunks", "manifests") for kind in KINDS]
-"""What `damage` understands."""
+ROOMS = ("chunks", "manifests", "seals")
+DAMAGES = [f"{room}-{kind}" for room in ROOMS for kind in KINDS]
+"""What happens to the files that hold an image."""
+INDEX_DAMAGES = [f"index-{kind}" for kind in ("flip", "cut", "blank", "remove")]
+"""What happens to the account of the chunk files, a database that is open meanwhile."""
 
 
 def damage(state_dir: Path, kind: str, chance: Random) -> bool:
     """Hurt a file of a kind, when there is one; tell whether."""
     room, _, name = kind.partition("-")
-    files = sorted(
-        path
-        for path in (state_dir / room).rglob("*")
-        if len(path.name) == 64 or (path.suffix == ".caibx" and path.name[0] != ".")
-    )
+    files = _files(state_dir, room)
     if not files:
         return False
     try:
@@ -80,3 +79,15 @@ def damage(state_dir: Path, kind: str, chance: Random) -> bool:
     except FileNotFoundError:
         return False  # it went to quarantine meanwhile
     return True
+
+
+def _files(state_dir: Path, room: str) -> list[Path]:
+    """Return the files that are in their places; what is still being written is not hurt."""
+    match room:
+        case "index":
+            found = [state_dir / "chunks" / "cache.db"]
+        case "chunks":
+            found = [path for path in (state_dir / room).rglob("*") if len(path.name) == 64]
+        case _:
+            found = list((state_dir / room).glob("[!.]*"))
+    return sorted(path for path in found if path.is_file())
