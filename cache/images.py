@@ -435,6 +435,14 @@ class ImageStore:
                 "image-not-found", f"No image {identifier} is in the cache; fetch it first."
             ) from None
 
+    def seal(self, identifier: str) -> None:
+        """Put back the seal of a manifest that is whole; one that went needs none.
+
+        Raises `NotVerified` (`manifest-invalid`).
+        """
+        with suppress(FileNotFoundError):
+            seals.adopt(self._state_dir, identifier)
+
     def reader(self, identifier: str) -> ImageReader:
         """Return the reader of an image, the same one to all who ask while any of them holds it.
 
@@ -597,8 +605,8 @@ class ImageStore:
             if path.name not in there:  # a manifest that is made again has a new one
                 path.unlink(missing_ok=True)
         for identifier in there:
-            with suppress(NotVerified, FileNotFoundError):
-                seals.adopt(self._state_dir, identifier)
+            with suppress(NotVerified):
+                self.seal(identifier)
 
     def _remove_unused(self, candidates: set[bytes]) -> int:
         if not candidates:

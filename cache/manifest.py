@@ -13,7 +13,7 @@ Source: casync, `src/caformat.h`. Our files are byte for byte what casync writes
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,13 +84,17 @@ class Manifest:
             if digest != zero and not (last and self.is_zero(index)):
                 yield digest
 
-    def write(self, path: Path) -> None:
-        """Write the `.caibx` file: to a temporary name, fsync, rename, fsync of the directory."""
+    def write(self, path: Path, *, mark: Callable[[Path], None] = lambda _: None) -> None:
+        """Write the `.caibx` file: to a temporary name, fsync, rename, fsync of the directory.
+
+        `mark` may add attributes to the file before it has its name.
+        """
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(self.to_bytes())
                 file.flush()
+                mark(temporary)
                 os.fsync(file.fileno())
             temporary.rename(path)
         except BaseException:

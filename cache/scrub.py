@@ -117,6 +117,7 @@ class Scrub:
     async def _look_at_manifest(self, name: str, tally: Tally) -> None:
         try:
             manifest = await self._read(partial(self._images.manifest, name))
+            await self._read(partial(self._images.seal, name))
             await self._look_for_missing(name, manifest, tally)
         except (NotFound, NotVerified) as error:
             # one may have gone while we came to it

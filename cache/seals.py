@@ -4,10 +4,14 @@ A manifest names chunks by digest, but nothing in the file says that its own lis
 that was exchanged for another chunk's would be served as verified. So each manifest has a seal in
 `seals/ID`: the SHA-256 of its name and its bytes. A seal is written before its manifest and keeps
 the one before as a second line, so that a crash between the two leaves a manifest that is sealed.
+The manifest has its seal as an extended attribute too, where the file system keeps those: so that
+neither the loss of a seal loses a manifest, nor an exchange of manifests without seals is believed.
 """
 
+import errno
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from stratocache.cache.errors import NotVerified
@@ -19,6 +23,8 @@ SUFFIX = ".caibx"
 
 _DOMAIN = b"stratocache manifest\0"
 _SEAL_CHARACTERS = 64
+_ATTRIBUTE = "user.stratocache.seal"  # xattr(7)
+_NO_ATTRIBUTE = frozenset({errno.ENODATA, errno.ENOTSUP})
 _SEALS_BYTES_MAX = 2 * (_SEAL_CHARACTERS + 1)
 
 
@@ -35,13 +41,16 @@ def seal_path(state_dir: Path, identifier: str) -> Path:
 def read_manifest(
     state_dir: Path, identifier: str, *, image_bytes_max: int = IMAGE_BYTES_MAX
 ) -> Manifest:
-    """Read a manifest and compare it with its seal; one of an older version has none.
+    """Read a manifest and compare it with its seal; one of an older version has none at all.
 
     Raises `NotVerified` (`manifest-invalid`) and `FileNotFoundError`.
     """
     path = manifest_path(state_dir, identifier)
     manifest, content = Manifest.load(path, image_bytes_max=image_bytes_max)
     seals = _read(seal_path(state_dir, identifier))
+    attribute = _attribute(path)
+    if attribute is not None:
+        seals = [attribute, *(seals or ())]
     if seals is not None and _seal(identifier, content) not in seals:
         raise NotVerified(
             "manifest-invalid", f"{path} is not a valid manifest: it is not what its seal says."
@@ -51,19 +60,26 @@ def read_manifest(
 
 def write_manifest(state_dir: Path, identifier: str, manifest: Manifest) -> None:
     """Make a manifest and its seal durable, the seal first."""
-    _write(state_dir, identifier, _seal(identifier, manifest.to_bytes()))
-    manifest.write(manifest_path(state_dir, identifier))
+    seal = _seal(identifier, manifest.to_bytes())
+    _write(state_dir, identifier, seal)
+    manifest.write(manifest_path(state_dir, identifier), mark=lambda path: _mark(path, seal))
 
 
 def adopt(state_dir: Path, identifier: str) -> None:
-    """Seal a manifest of an older version as it is; one that has a seal is left alone.
+    """Seal a manifest of an older version as it is, and put back a seal that is damaged or gone.
 
     Raises as `read_manifest` does.
     """
-    if not seal_path(state_dir, identifier).exists():
-        path = manifest_path(state_dir, identifier)
-        _, content = Manifest.load(path, image_bytes_max=IMAGE_BYTES_MAX)
-        _write(state_dir, identifier, _seal(identifier, content))
+    read_manifest(state_dir, identifier)
+    path = manifest_path(state_dir, identifier)
+    seal = _seal(identifier, path.read_bytes())
+    if seal not in (_read(seal_path(state_dir, identifier)) or ()):
+        _write(state_dir, identifier, seal)
+        if not path.exists():  # it went meanwhile
+            remove(state_dir, identifier)
+    if _attribute(path) != seal:
+        with suppress(FileNotFoundError):
+            _mark(path, seal)
 
 
 def remove(state_dir: Path, identifier: str) -> None:
@@ -99,3 +115,22 @@ def _write(state_dir: Path, identifier: str, seal: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def _attribute(path: Path) -> str | None:
+    """Return the seal that a manifest's file has itself; None when there is none."""
+    try:
+        return os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace")
+    except OSError as error:
+        if error.errno in _NO_ATTRIBUTE or isinstance(error, FileNotFoundError):
+            return None
+        raise
+
+
+def _mark(path: Path, seal: str) -> None:
+    """Give a file its seal, where the file system keeps attributes."""
+    try:
+        os.setxattr(path, _ATTRIBUTE, seal.encode())
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise

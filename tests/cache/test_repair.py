@@ -461,8 +461,52 @@ def test_manifests_of_older_versions_are_sealed_by_the_sweep(
 ) -> None:
     """One without a seal is read, and has one after the next start."""
     site.publish(origin.add("/image", CONTENT), CONTENT)
-    seals.seal_path(site.state_dir, IMAGE).unlink()
+    _unseal(site.state_dir, IMAGE)
     assert site.images.manifest(IMAGE).size_bytes == len(CONTENT)
     (site.state_dir / "seals" / "stray").write_text("x")
     site.images.sweep()
     assert os.listdir(site.state_dir / "seals") == [IMAGE]
+
+
+def _unseal(state_dir: Path, identifier: str) -> None:
+    """Leave a manifest as older versions wrote it."""
+    seals.seal_path(state_dir, identifier).unlink()
+    os.removexattr(seals.manifest_path(state_dir, identifier), "user.stratocache.seal")
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, _lengthen, Path.unlink])
+def test_a_damaged_seal_loses_no_manifest(
+    site: Site, origin: OriginServer, damage: Callable[[Path], None]
+) -> None:
+    """A manifest whose seal is hurt is read all the same, and the scrubber puts the seal back."""
+    site.publish(origin.add("/image", CONTENT), CONTENT)
+    seal = seals.seal_path(site.state_dir, IMAGE)
+    whole = seal.read_text()
+    damage(seal)
+    assert site.images.manifest(IMAGE).size_bytes == len(CONTENT)
+
+    site.images.seal(IMAGE)
+    assert seal.read_text().split("\n")[0] == whole
+
+
+def test_manifests_that_were_exchanged_are_found_without_their_seals(
+    site: Site, origin: OriginServer
+) -> None:
+    """With all seals gone, manifests that have each other's place are damaged, also for a sweep."""
+    site.publish(origin.add("/image", CONTENT), CONTENT)
+    draft = site.images.begin()
+    draft.add([CONTENT[:CHUNK_BYTES]])
+    site.images.publish("other", draft.manifest())
+    site.images.finish(draft)
+    paths = [seals.manifest_path(site.state_dir, name) for name in (IMAGE, "other")]
+    aside = paths[0].rename(paths[0].with_suffix(".aside"))
+    paths[1].rename(paths[0])
+    aside.rename(paths[1])
+    for name in (IMAGE, "other"):
+        seals.seal_path(site.state_dir, name).unlink()
+
+    site.images.sweep()
+    for name in (IMAGE, "other"):
+        with pytest.raises(NotVerified) as caught:
+            site.images.manifest(name)
+        assert caught.value.code == "manifest-invalid"
