@@ -22,6 +22,9 @@ import trio
 
 log = logging.getLogger(__name__)
 
+_REQUESTS_MAX = 4096
+"""Answered side by side: reads of an image whose origin says nothing wait for up to half a minute,
+and must not keep others from being read. A waiting one costs 20 KiB."""
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK = 14
 
@@ -58,7 +61,7 @@ async def serve_inherited(
         operations.init = init  # type: ignore[method-assign]
         pyfuse3.init(operations, f"/dev/fd/{descriptor}", set(options))
         try:
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=_REQUESTS_MAX)
         finally:
             pyfuse3.close(unmount=False)
             os.close(kernel)

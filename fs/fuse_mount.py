@@ -6,16 +6,18 @@ connection; it is read here and kept in a file for every process that serves the
 (`stratocache.fs.fuse_connection`). Nothing here opens or looks at a file of the mount itself: that
 would wait for ever when nobody serves it.
 
-Source: fuse(4), mount(2), `include/uapi/linux/fuse.h`.
+Source: fuse(4), mount(2), `include/uapi/linux/fuse.h`, `Documentation/filesystems/fuse`.
 """
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import select
 import struct
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -23,10 +25,15 @@ from stratocache.cache.errors import Conflict, Internal
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
+log = logging.getLogger(__name__)
+
 _FSTYPE = "fuse.stratocache"
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MNT_FORCE, _MNT_DETACH = 1, 2
 
+_BACKGROUND_MAX = 1024
+"""Reads ahead at a time of all images together. The kernel's own 12 are soon used up by images whose
+origin says nothing, and then no other image's pages are read."""
 _MAX_READ_BYTES = 1024**2
 _READ_BUFFER_BYTES = 64 * 1024  # fuse.h wants FUSE_MIN_READ_BUFFER = 8192 at least
 _FUSE_INIT = 26
@@ -68,6 +75,7 @@ class FuseMount:
             raise _unavailable(error) from error
         try:
             _keep_init(descriptor, init_file)
+            _widen(mount_point)
             return cls(mount_point, init_file, descriptor)
         except BaseException:
             unmount(mount_point)
@@ -86,7 +94,10 @@ class FuseMount:
         except (OSError, Internal):
             return None
         alone = mounted_at(mount_point) == [_FSTYPE]
-        return mount if alone and mount.can_resend and mount.connected else None
+        if not (alone and mount.can_resend and mount.connected):
+            return None
+        _widen(mount_point)
+        return mount
 
     @property
     def connected(self) -> bool:
@@ -151,23 +162,58 @@ def _mount(descriptor: int, mount_point: Path) -> None:
         f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,"
         f"allow_other,default_permissions,max_read={_MAX_READ_BYTES}"
     )
+    _call_mount(mount_point, _FSTYPE, _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
+
+
+def _call_mount(mount_point: Path, fstype: str, flags: int, options: str) -> None:
     if _LIBC.mount(
-        b"stratocache", os.fsencode(mount_point), _FSTYPE.encode(),
-        _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options.encode(),
-    ):  # fmt: skip
+        b"stratocache", os.fsencode(mount_point), fstype.encode(), flags, options.encode()
+    ):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), os.fspath(mount_point))
 
 
+def _widen(mount_point: Path) -> None:
+    """Let more than a few reads ahead be under way at once; without that all works, but slower
+    when an origin is dead."""
+    control = mount_point.with_name("fusectl")
+    try:
+        control.mkdir(mode=0o700, exist_ok=True)
+        _call_mount(control, "fusectl", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
+        try:
+            device = _mounts_at(mount_point)[-1].device
+            folder = control / device.rpartition(":")[2]
+            (folder / "max_background").write_text(str(_BACKGROUND_MAX))
+            (folder / "congestion_threshold").write_text(str(_BACKGROUND_MAX * 3 // 4))
+        finally:
+            unmount(control)
+            control.rmdir()
+    except (OSError, IndexError) as error:
+        log.warning("reads of images may wait for each other: %s", error)
+
+
+@dataclass(frozen=True)
+class _Mounted:
+    """One line of `/proc/self/mountinfo`."""
+
+    fstype: str
+    device: str
+    """Major and minor number of the file system, with a colon."""
+
+
 def mounted_at(mount_point: Path) -> list[str]:
     """Return the types of the mounts at a path, the topmost last; does not look at the path."""
+    return [mounted.fstype for mounted in _mounts_at(mount_point)]
+
+
+def _mounts_at(mount_point: Path) -> list[_Mounted]:
     wanted = os.fspath(mount_point)
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split(" ")
         path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
         if path == wanted:
-            found.append(fields[fields.index("-") + 1])
+            found.append(_Mounted(fields[fields.index("-") + 1], fields[2]))
     return found
 
 

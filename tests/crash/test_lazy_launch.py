@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ IMAGE_BYTES = 32 * MIB
 KILLS = int(os.environ.get("LAZY_KILLS", "2"))
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
 GUESTS = 16
+DEAD_READS = 300
+DEMAND_TIMEOUT_S = 25
 TIMEOUT_S = 90
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300 + 60 * KILLS)]
@@ -176,3 +179,43 @@ def test_kills_in_the_middle_cost_no_byte(tmp_path: Path, published: Published) 
         assert image.read_bytes() == published.image.read_bytes()
         assert appliance.run("disk", "check").returncode == 0
         assert os.listdir(appliance.state_dir / "stage") == []
+
+
+def test_a_dead_origin_leaves_other_disks_alone(
+    tmp_path: Path, published: Published, nginx: Nginx
+) -> None:
+    """While hundreds of reads wait for an origin that says nothing, disks and images that are here
+    are read as ever; when it speaks again those reads are right."""
+    healthy = publish_image(tmp_path / "published", 8 * MIB, seed=2)
+    content, other = published.image.read_bytes(), healthy.image.read_bytes()
+    with ExitStack() as stack:
+        appliance = stack.enter_context(_appliance(tmp_path, published))
+        appliance.json("image", "fetch", healthy.identifier)
+        clone = _launch(appliance, healthy, "healthy")
+        waiting = _launch(appliance, published, "waiting")
+        image = waiting.parent.parent / "images" / published.identifier
+        stack.enter_context(nginx.silent())
+        pool = stack.enter_context(ThreadPoolExecutor(DEAD_READS + 1))
+        readers = [
+            pool.submit(_read_piece, file, content, number * 4096 * 17 % IMAGE_BYTES)
+            for file in (waiting, image)
+            for number in range(DEAD_READS // 2)
+        ]
+        time.sleep(1)  # they are in the kernel by now; a healthy read that is too early proves less
+        started = time.monotonic()
+        assert pool.submit(_read, clone, other, SEED).result(DEMAND_TIMEOUT_S / 2) == 0
+        served = clone.parent.parent / "images" / healthy.identifier
+        assert served.read_bytes() == other
+        print(f"read in {time.monotonic() - started:.2f} s beside {DEAD_READS} reads that wait")
+        assert sum(not reader.done() for reader in readers) > DEAD_READS // 2
+        nginx.speak()
+        assert [reader.result(TIMEOUT_S) for reader in readers] == [True] * len(readers)
+
+
+def _read_piece(file: Path, content: bytes, offset: int) -> bool:
+    """Read one block; tell whether it is right."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, 4096, offset) == content[offset : offset + 4096]
+    finally:
+        os.close(descriptor)

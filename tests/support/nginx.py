@@ -2,10 +2,13 @@
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +91,24 @@ class Nginx:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Accept connections and say nothing during the block, or until `speak`."""
+        self._running.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.speak()
+
+    def speak(self) -> None:
+        """Go on after `silent`."""
+        self._running.send_signal(signal.SIGCONT)
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
 
     def requests(self) -> list[Asked]:
         """Return what was asked so far, in the order of the answers' ends."""
