@@ -37,6 +37,7 @@ from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_
 from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller
+from stratocache.fs.rejected_pages import RejectedPages
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.saving import Saving
 from stratocache.fs.snapshots import Snapshots
@@ -145,11 +146,13 @@ class Housekeeping:
         await reconciler.adopt()
         nursery.start_soon(record.run)
         nursery.start_soon(recheck.run)
+        rejected = RejectedPages(self._db, self.blocks, nursery)
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()
             await operations.look()
             provisional.look()
+            rejected.look()
             keeping.scrubbing.look()
             unsettled = await reconciler.reconcile()
             snapshots.look()

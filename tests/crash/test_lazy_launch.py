@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from support.appliance import Appliance
 from support.nginx import Nginx
-from support.publishing import Published, publish_image
+from support.publishing import Published, publish_file, publish_image, random_image
 
 from stratocache.cache.chunks import CHUNK_BYTES
 
@@ -219,3 +219,40 @@ def _read_piece(file: Path, content: bytes, offset: int) -> bool:
         return os.pread(descriptor, 4096, offset) == content[offset : offset + 4096]
     finally:
         os.close(descriptor)
+
+
+def test_nobody_reads_a_rejected_image(tmp_path: Path, folder: Path, nginx: Nginx) -> None:
+    """Pages of an image that the kernel has kept, and files that are open, end with the proof that
+    the image is not what was promised; in a new process too."""
+    served, promised = folder / "image-1", folder / "promised"
+    random_image(served, 8 * MIB)
+    random_image(promised, 8 * MIB, seed=2)
+    published = publish_file(
+        folder, promised, locations=[f"{nginx.url}/image-1"], index_url=nginx.url, indexed=served
+    )
+    content = served.read_bytes()
+    with _appliance(tmp_path, published) as appliance:
+        _launch(appliance, published, "vm")
+        image = appliance.run_dir / "blocks" / "images" / published.identifier
+        with image.open("rb", buffering=0) as file:
+            assert os.pread(file.fileno(), MIB, 0) == content[:MIB]
+            deadline = time.monotonic() + TIMEOUT_S
+            while _image(appliance, published)["state"] != "rejected":
+                assert time.monotonic() < deadline, appliance.log.read_text()[-4000:]
+                time.sleep(0.05)
+            _wait_unreadable(file.fileno())
+            for pid in appliance.pids("stratocache.fs.blockd"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            _wait_unreadable(file.fileno())
+        assert not image.exists()
+
+
+def _wait_unreadable(descriptor: int) -> None:
+    """Return as soon as no page of an image's beginning can be read."""
+    deadline = time.monotonic() + TIMEOUT_S
+    for offset in range(0, MIB, 4096):
+        with contextlib.suppress(OSError):
+            while os.pread(descriptor, 4096, offset):
+                assert time.monotonic() < deadline, "a rejected image is still read"
+                time.sleep(0.05)

@@ -84,8 +84,12 @@ def publish_file(
     image_format: ImageFormat = "raw",
     locations: Sequence[str] | None = None,
     index_url: str | None = None,
+    indexed: Path | None = None,
 ) -> Published:
-    """Publish a raw file, whose locations serve `source`, by an entry below `folder`."""
+    """Publish a raw file, whose locations serve `source`, by an entry below `folder`.
+
+    `indexed` is what the index is made of, when the endorser contradicts himself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = source or image
     measurement = publication.measure(image)
@@ -96,7 +100,7 @@ def publish_file(
         format=image_format,
     )
     if index_url is not None:
-        made = index_image(image, folder)
+        made = index_image(indexed or image, folder)
         url = f"{index_url}/{made.index.name}"
         description = replace(
             description, index=publication.endorsed_index(url, made.index, measurement)
