@@ -10,6 +10,7 @@ from stratocache.cache import seals
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
+from stratocache.cache.manifest import Manifest
 from stratocache.fs import raw_snapshots
 from stratocache.fs.records import Disk, Snapshot
 from stratocache.fs.sparse_file import extents
@@ -63,12 +64,18 @@ class FileSource:
 class ManifestSource:
     """The bytes of a manifest; each chunk is verified, and zeros are not read.
 
-    Reads the chunk files alone: the chunk store belongs to `blockd`.
+    Reads the chunk files, as the chunk store belongs to `blockd`. What they lack, or have damaged, is
+    read through an image that has it, `served` in a folder: so `blockd` fetches or repairs it.
     """
 
-    def __init__(self, state_dir: Path, name: str, size_bytes: int) -> None:
-        self._manifest = seals.read_manifest(state_dir, name, image_bytes_max=size_bytes)
-        self._chunks = state_dir / "chunks"
+    def __init__(self, state_dir: Path, name: str, size_bytes: int, served: Path) -> None:
+        try:
+            self._manifest = seals.read_manifest(state_dir, name, image_bytes_max=size_bytes)
+        except FileNotFoundError:
+            raise NotVerified("manifest-missing", f"The manifest {name} is missing.") from None
+        self._state_dir = state_dir
+        self._served = served
+        self._image: tuple[str, Manifest] | None = None
         self.size_bytes = self._manifest.size_bytes
 
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
@@ -84,13 +91,51 @@ class ManifestSource:
 
     def _chunk(self, digest: bytes) -> bytes:
         name = digest.hex()
+        code, fault = "chunk-corrupt", "damaged"
         try:
-            data = (self._chunks / name[0] / name[1] / name).read_bytes()
+            data = (self._state_dir / "chunks" / name[0] / name[1] / name).read_bytes()
+            if hashlib.sha256(data).digest() == digest:
+                return data
         except FileNotFoundError:
-            raise NotVerified("chunk-missing", f"Chunk {name} is missing.") from None
-        if hashlib.sha256(data).digest() != digest:
-            raise NotVerified("chunk-corrupt", f"Chunk {name} is damaged.")
-        return data
+            code, fault = "chunk-missing", "missing"
+        except OSError as error:
+            fault = f"damaged ({error.strerror})"
+        found = self._chunk_of_image(digest)
+        if found is None:
+            raise NotVerified(
+                code,
+                f"Chunk {name} is {fault}, and no image gives it; see `stratocache cache status`.",
+            )
+        return found
+
+    def _chunk_of_image(self, digest: bytes) -> bytes | None:
+        """Read a chunk through an image that has it, which waits until it is here."""
+        for name in self._images():
+            try:
+                index = self._place(name, digest)
+                if index is None:
+                    continue
+                with (self._served / name).open("rb", buffering=0) as file:
+                    data = os.pread(file.fileno(), CHUNK_BYTES, index * CHUNK_BYTES)
+            except (OSError, NotVerified):
+                continue  # another image may have it
+            if hashlib.sha256(data).digest() == digest:
+                return data
+        return None
+
+    def _images(self) -> list[str]:
+        """Return the images that are served, the one first that had a chunk before."""
+        before = self._image[0] if self._image is not None else None
+        try:
+            return sorted(os.listdir(self._served), key=lambda name: name != before)
+        except OSError:
+            return []  # nobody serves any
+
+    def _place(self, name: str, digest: bytes) -> int | None:
+        """Return which chunk of an image has a digest."""
+        if self._image is None or self._image[0] != name:
+            self._image = name, seals.read_manifest(self._state_dir, name)
+        return self._image[1].index_of(digest)
 
     def close(self) -> None:
         """Do nothing: no file is open."""
@@ -118,7 +163,9 @@ def open_snapshot(configuration: Configuration, snapshot: Snapshot) -> Source:
     path = snapshot_path(configuration.state_dir, snapshot)
     if snapshot.form == "file":
         return FileSource(path, snapshot.size_bytes)
-    return ManifestSource(configuration.state_dir, snapshot.id, snapshot.size_bytes)
+    return ManifestSource(
+        configuration.state_dir, snapshot.id, snapshot.size_bytes, configuration.blocks / "images"
+    )
 
 
 def snapshot_path(state_dir: Path, snapshot: Snapshot) -> Path:

@@ -5,6 +5,7 @@ and `kill -9` of everything in the middle.
 """
 
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from stratocache.cache.chunks import CHUNK_BYTES
 
 MIB = 1024**2
 IMAGE_BYTES = 32 * MIB
+SMALL_BYTES = 8 * MIB
 KILLS = int(os.environ.get("LAZY_KILLS", "2"))
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
 GUESTS = 16
@@ -57,10 +59,18 @@ def published(folder: Path, nginx: Nginx) -> Published:
     )
 
 
-def _appliance(tmp_path: Path, published: Published) -> Appliance:
+@pytest.fixture
+def small(folder: Path, nginx: Nginx) -> Published:
+    """The same, but soon complete."""
+    return publish_image(
+        folder, SMALL_BYTES, locations=[f"{nginx.url}/image-1"], index_url=nginx.url
+    )
+
+
+def _appliance(tmp_path: Path, published: Published, *, quiet_s: float = 1) -> Appliance:
     return Appliance(
         tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
-        extra="fetch.quiet_s = 1",
+        extra=f"fetch.quiet_s = {quiet_s}",
     )  # fmt: skip
 
 
@@ -182,22 +192,22 @@ def test_kills_in_the_middle_cost_no_byte(tmp_path: Path, published: Published) 
 
 
 def test_a_dead_origin_leaves_other_disks_alone(
-    tmp_path: Path, published: Published, nginx: Nginx
+    tmp_path: Path, small: Published, nginx: Nginx
 ) -> None:
     """While hundreds of reads wait for an origin that says nothing, disks and images that are here
     are read as ever; when it speaks again those reads are right."""
-    healthy = publish_image(tmp_path / "published", 8 * MIB, seed=2)
-    content, other = published.image.read_bytes(), healthy.image.read_bytes()
+    healthy = publish_image(tmp_path / "published", SMALL_BYTES, seed=2)
+    content, other = small.image.read_bytes(), healthy.image.read_bytes()
     with ExitStack() as stack:
-        appliance = stack.enter_context(_appliance(tmp_path, published))
+        appliance = stack.enter_context(_appliance(tmp_path, small))
         appliance.json("image", "fetch", healthy.identifier)
         clone = _launch(appliance, healthy, "healthy")
-        waiting = _launch(appliance, published, "waiting")
-        image = waiting.parent.parent / "images" / published.identifier
+        waiting = _launch(appliance, small, "waiting")
+        image = waiting.parent.parent / "images" / small.identifier
         stack.enter_context(nginx.silent())
         pool = stack.enter_context(ThreadPoolExecutor(DEAD_READS + 1))
         readers = [
-            pool.submit(_read_piece, file, content, number * 4096 * 17 % IMAGE_BYTES)
+            pool.submit(_read_piece, file, content, number * 4096 * 17 % SMALL_BYTES)
             for file in (waiting, image)
             for number in range(DEAD_READS // 2)
         ]
@@ -219,6 +229,47 @@ def _read_piece(file: Path, content: bytes, offset: int) -> bool:
         return os.pread(descriptor, 4096, offset) == content[offset : offset + 4096]
     finally:
         os.close(descriptor)
+
+
+def test_a_snapshot_is_downloaded_before_its_image_is_here(
+    tmp_path: Path, small: Published
+) -> None:
+    """A download reads a snapshot's chunks that are still to come, and those that are damaged, as a
+    guest does: they come, or are repaired, while it waits."""
+    content = bytearray(small.image.read_bytes())
+    with _appliance(tmp_path, small, quiet_s=600) as appliance:
+        disk = _launch(appliance, small, "vm").name
+        content[5000:5500] = bytes(500)
+        descriptor = os.open(appliance.run_dir / "blocks" / "disks" / disk, os.O_RDWR)
+        os.pwrite(descriptor, bytes(500), 5000)
+        os.close(descriptor)
+        snapshot = appliance.json("disk", "snapshot", disk)["id"]
+        _wait_available(appliance, disk, snapshot)
+        for number in range(2):
+            target = tmp_path / f"download-{number}"
+            done = appliance.run("disk", "download", disk, str(target), "--snapshot", snapshot)
+            assert done.returncode == 0, done.stderr
+            assert target.read_bytes() == content
+            assert _image(appliance, small)["state"] == "provisional"
+            chunks = [
+                path
+                for path in (appliance.state_dir / "chunks").rglob("*")
+                if len(path.name) == 64
+                and path.name != hashlib.sha256(content[:CHUNK_BYTES]).hexdigest()
+            ]
+            for path in chunks[:20]:
+                os.truncate(path, 1000)
+
+
+def _wait_available(appliance: Appliance, disk: str, snapshot: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        _, listed = appliance.request("GET", f"/v1/disks/{disk}/snapshots")
+        [state] = [one["state"] for one in listed["snapshots"] if one["id"] == snapshot]
+        if state == "available":
+            return
+        assert time.monotonic() < deadline, state
+        time.sleep(0.05)
 
 
 def test_nobody_reads_a_rejected_image(tmp_path: Path, folder: Path, nginx: Nginx) -> None:
