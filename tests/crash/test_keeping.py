@@ -89,7 +89,7 @@ def test_planted_bug_is_found(
     """The histories find a cache that does one thing wrong."""
 
     class Machine(KeepingMachine):
-        pass
+        images_max = 2
 
     for where, name, wrong in BUGS[bug]:
         monkeypatch.setattr(where, name, wrong)

@@ -60,6 +60,8 @@ class KeepingMachine(RuleBasedStateMachine):
     """One host whose cache holds about two of its five images."""
 
     histories = 0
+    images_max = IMAGES
+    """With fewer, more happens to each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +70,8 @@ class KeepingMachine(RuleBasedStateMachine):
         self.fuse = Fuse()
         self.host = KeepHost(self.root, max_bytes=10 * CHUNK_BYTES, fuse=self.fuse, asking=True)
         self.shelf = self.host.shelf
-        self.images = [self.shelf.add(content) for content in _contents()]
+        contents = _contents()[: self.images_max]
+        self.images = [self.shelf.add(content) for content in contents]
         self.wishes: list[_Wish] = []
         self.absences: Counter[str] = Counter()
         """How many processes came to rest since an image is not listed."""
@@ -80,25 +83,25 @@ class KeepingMachine(RuleBasedStateMachine):
     @rule(index=_INDEXES, pin=st.booleans())
     def fetch(self, index: int, pin: bool) -> None:
         """Somebody wants an image."""
-        intents.request_fetch(self.host.db, ROOT, self.images[index], pin=pin and index < 2)
+        intents.request_fetch(self.host.db, ROOT, self._image(index), pin=pin and index < 2)
 
     @rule(index=_INDEXES, pinned=st.booleans())
     def set_pin(self, index: int, pinned: bool) -> None:
         """Somebody pins or unpins what is there."""
-        if self.images[index] in self.host.states():
-            intents.set_pin(self.host.db, ROOT, self.images[index], pinned and index < 2)
+        if self._image(index) in self.host.states():
+            intents.set_pin(self.host.db, ROOT, self._image(index), pinned and index < 2)
 
     @rule(index=_INDEXES)
     def clone(self, index: int) -> None:
         """Somebody wants a disk of an image."""
-        request = DiskRequest(reference=self.images[index])
-        self._wish(disk_intents.create_disk(self.host.db, ROOT, request), self.images[index])
+        request = DiskRequest(reference=self._image(index))
+        self._wish(disk_intents.create_disk(self.host.db, ROOT, request), self._image(index))
 
     @rule(boot=_INDEXES, other=_INDEXES)
     def launch(self, boot: int, other: int) -> None:
         """Somebody boots a VM that sees a second image read-only."""
         self.instances += 1
-        wanted = self.images[boot], self.images[other]
+        wanted = self._image(boot), self._image(other)
         request = LaunchRequest(wanted[0], f"vm{self.instances}", readonly=wanted[1:])
         self._wish(intents.request_launch(self.host.db, ROOT, request), *wanted)
 
@@ -123,7 +126,7 @@ class KeepingMachine(RuleBasedStateMachine):
             if by_size:
                 request_eviction(self.host.db, ROOT, size_bytes=(1 + index) * CHUNK_BYTES)
             else:
-                request_eviction(self.host.db, ROOT, image_id=self.images[index])
+                request_eviction(self.host.db, ROOT, image_id=self._image(index))
         except StratocacheError:
             return  # it is held, or not there
 
@@ -143,16 +146,19 @@ class KeepingMachine(RuleBasedStateMachine):
     def origin(self, index: int, there: bool) -> None:
         """An origin goes, or comes back."""
         if there:
-            self.shelf.bring_back(self.images[index])
+            self.shelf.bring_back(self._image(index))
         else:
-            self.shelf.take_away(self.images[index])
+            self.shelf.take_away(self._image(index))
 
     @rule(index=_INDEXES, verdict=st.sampled_from(_VERDICTS))
     def say(self, index: int, verdict: Verdict) -> None:
-        """The catalogue takes an image back, loses it, answers nonsense, or lists it again."""
-        self.shelf.say(self.images[index], verdict)
-        del self.absences[self.images[index]]
-        self._forget_wishes(self.images[index])
+        """The catalogue takes an image back, loses it, answers nonsense, or lists it again; mostly
+        one that is here."""
+        here = list(self.host.states()) or self.images
+        identifier = here[index % len(here)]
+        self.shelf.say(identifier, verdict)
+        del self.absences[identifier]
+        self._forget_wishes(identifier)
 
     @rule(reachable=st.booleans())
     def reach(self, reachable: bool) -> None:
@@ -184,6 +190,9 @@ class KeepingMachine(RuleBasedStateMachine):
         self._check_states(before)
 
     # The model.
+
+    def _image(self, index: int) -> str:
+        return self.images[index % len(self.images)]
 
     def _wish(self, operation: Operation, *images: str) -> None:
         states = self.host.states()
