@@ -36,10 +36,10 @@ KILL_EVERY = 60
 PAUSE_S = 0.8
 PROXY_FAULT_RATE = 0.3
 FIO_ROUND_S = 3
-TIMEOUT_S = 300
+TIMEOUT_S = 1500
 
 pytestmark = [
-    pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(600 + 4 * FAULTS),
+    pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(3600 + 4 * FAULTS),
 ]  # fmt: skip
 
 SCRIPT = """
