@@ -22,6 +22,7 @@ from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.read_ahead import ReadAhead
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import Space
 from stratocache.cache.traffic import READER, Traffic
@@ -59,6 +60,7 @@ class _Image:
     entry: Entry
     manifest: Manifest
     origins: list[ChunkOrigin]
+    ahead: ReadAhead
     gone: bool = False
     reads: int = 0
     """Requests that are under way."""
@@ -164,6 +166,10 @@ class ChunkFetcher:
                 "chunk-missing",
                 f"Chunk {index} of {image_id} is not in the store and no image has an origin for it.",
             )
+        if patient:
+            ahead = image.ahead.wanted(index)
+            if ahead:
+                self._nursery.start_soon(self._bring_ahead, image, ahead)
         await self._demand(image, index, patient=patient)
 
     def waited(self, name: str, wait_s: float) -> None:
@@ -263,6 +269,13 @@ class ChunkFetcher:
             missing = await self._missing(image, missing)
         left = set(missing)
         return [index for index in indexes if index not in left]
+
+    async def _bring_ahead(self, image: _Image, indexes: range) -> None:
+        """Bring what a reader is about to want; when that fails it asks for itself."""
+        try:
+            await self.bring(image.entry.identifier, indexes)
+        except (StratocacheError, OSError) as error:
+            log.info("nothing is read ahead of %s: %s", image.entry.identifier, error)
 
     async def _bring_run(self, origin: ChunkOrigin, image: _Image, run: list[int]) -> None:
         mine: dict[bytes, _Flight] = {}
@@ -400,7 +413,7 @@ class ChunkFetcher:
         # shared with the image's readers: a manifest is large
         manifest = self._images.reader(image_id).manifest
         origins = origins_of(entry, manifest.size_bytes, self._client, self._timeout)
-        return _Image(entry, manifest, origins)
+        return _Image(entry, manifest, origins, ReadAhead(manifest.chunk_count))
 
     async def _missing(self, image: _Image, indexes: Sequence[int]) -> list[int]:
         def look() -> list[int]:
