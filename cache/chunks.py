@@ -8,7 +8,6 @@ import ctypes
 import errno
 import hashlib
 import logging
-import mmap
 import os
 import resource
 import sqlite3
@@ -34,6 +33,7 @@ from stratocache.cache.chunkindex import (
     open_index,
 )
 from stratocache.cache.errors import NotVerified
+from stratocache.cache.medium import read_medium
 from stratocache.cache.space import full_disk_is_no_space
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,6 @@ _VERIFIED_MAX = 2**18
 """Digests remembered as verified; when full all are forgotten and hashed again (40 MiB at most)."""
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ELOOP, errno.EISDIR})
 """What the system says of a file that is lost; other errors are of the process or the host."""
-_DIRECT_BYTES = CHUNK_BYTES + 4096
-"""Room for a whole chunk and the sign of a longer file, aligned as O_DIRECT wants it."""
 
 _ROWS = 256
 """Rows read or deleted at a time."""
@@ -262,7 +260,7 @@ class ChunkStore:
         """
         inode: int | None
         try:
-            content, inode = _tried_again(_read_medium, self.path(digest))
+            content, inode = _tried_again(read_medium, self.path(digest), CHUNK_BYTES)
         except FileNotFoundError:
             self.distrust(digest)
             raise _missing(digest) from None
@@ -450,25 +448,3 @@ def _tried_again(call: Callable[..., _T], *arguments: object) -> _T:
             raise
         log.warning("a chunk is tried once more: %s", error)
         return call(*arguments)
-
-
-def _read_medium(path: Path) -> tuple[memoryview, int]:
-    """Return a file of at most a chunk's bytes (a longer one shows) and its inode's number, past
-    the page cache if the file system can do that."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return _read_whole(path, flags | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return _read_whole(path, flags)
-
-
-def _read_whole(path: Path, flags: int) -> tuple[memoryview, int]:
-    descriptor = os.open(path, flags)
-    try:
-        buffer = mmap.mmap(-1, _DIRECT_BYTES)  # aligned to a page
-        count = os.preadv(descriptor, [buffer], 0)
-        return memoryview(buffer)[:count], os.fstat(descriptor).st_ino
-    finally:
-        os.close(descriptor)

@@ -1,17 +1,16 @@
 """The scrubber's walk: every chunk is hashed as the medium has it, every manifest read, once a pass.
 
 Chunks go in the order of their digests, then manifests in the order of their names, so that a
-position says what has been done. The thread that reads is of the lowest priority, for the processor
-and for the medium, and of no use to anybody else: guests' reads never wait for it.
+position says what has been done. Chunks are hashed, a few at a time, by a process of the lowest
+priority (`chunk_hasher`); only what it does not find right is looked at here.
 """
 
-import ctypes
+import json
 import logging
-import os
-import platform
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -26,12 +25,11 @@ from stratocache.cache.repair import Repairer
 
 log = logging.getLogger(__name__)
 
-_NICEST = 19
-_IOPRIO_WHO_PROCESS, _IOPRIO_IDLE = 1, 3 << 13  # ioprio_set(2)
-_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _BURST_S = 0.25
 """How far the walk may be ahead of its rate."""
+_BATCH_MAX = 16
 _STAT_BATCH = 256
+_ANSWER_BYTES_MAX = 16 * _BATCH_MAX
 
 _T = TypeVar("_T")
 
@@ -71,21 +69,23 @@ class Scrub:
         self._incomplete = incomplete
         self._note = note
         self._pace = _Pace(bytes_per_s)
-        self._reader = ThreadPoolExecutor(1, "scrub", initializer=_give_way)
+        self._batch = max(1, min(_BATCH_MAX, int(bytes_per_s * _BURST_S) // CHUNK_BYTES))
         self._limiter = trio.CapacityLimiter(1)
-
-    def close(self) -> None:
-        """End the reading thread."""
-        self._reader.shutdown(wait=True)
 
     async def walk(self, tally: Tally) -> None:
         """Go on where a tally stands, to the end."""
-        for first_byte in range(256):
-            if tally.position > f"chunk {first_byte:02x}g":  # behind all of this byte
-                continue
-            for digest in await self._read(partial(self._digests, first_byte)):
-                if f"chunk {digest.hex()}" > tally.position:
-                    await self._look_at_chunk(digest, tally)
+        async with _hasher() as hasher:
+            batch: list[bytes] = []
+            for first_byte in range(256):
+                if tally.position > f"chunk {first_byte:02x}g":  # behind all of this byte
+                    continue
+                for digest in await self._read(partial(self._digests, first_byte)):
+                    if f"chunk {digest.hex()}" > tally.position:
+                        batch.append(digest)
+                    if len(batch) == self._batch:
+                        await self._look_at_chunks(batch, hasher, tally)
+                        batch = []
+            await self._look_at_chunks(batch, hasher, tally)
         for name in await self._read(self._names):
             if f"manifest {name}" > tally.position:
                 await self._look_at_manifest(name, tally)
@@ -96,8 +96,22 @@ class Scrub:
     def _digests(self, first_byte: int) -> list[bytes]:
         return sorted(self._images.chunks.digests(first_byte))
 
+    async def _look_at_chunks(
+        self, digests: Sequence[bytes], hasher: "_Hasher", tally: Tally
+    ) -> None:
+        await self._pace.wait(len(digests) * CHUNK_BYTES)
+        chunks = self._images.chunks
+        lengths = await hasher.lengths([(str(chunks.path(one)), one.hex()) for one in digests])
+        for digest, length in zip(digests, lengths, strict=True):
+            if length is None:
+                await self._look_at_chunk(digest, tally)
+            tally.chunk_bytes += length or 0
+            tally.chunks += 1
+            tally.position = f"chunk {digest.hex()}"
+        if digests:
+            await self._note(tally)
+
     async def _look_at_chunk(self, digest: bytes, tally: Tally) -> None:
-        await self._pace.wait(CHUNK_BYTES)
         try:
             tally.chunk_bytes += await self._read(partial(self._images.chunks.inspect, digest))
         except NotVerified as error:
@@ -110,9 +124,6 @@ class Scrub:
                 tally.repaired += await self._repair(
                     partial(self._repairer.supply, name, index, digest)
                 )
-        tally.chunks += 1
-        tally.position = f"chunk {digest.hex()}"
-        await self._note(tally)
 
     async def _look_at_manifest(self, name: str, tally: Tally) -> None:
         try:
@@ -162,9 +173,52 @@ class Scrub:
         return False  # the witness has told of it
 
     async def _read(self, call: Callable[[], _T]) -> _T:
-        return await trio.to_thread.run_sync(
-            lambda: self._reader.submit(call).result(), limiter=self._limiter
-        )
+        return await trio.to_thread.run_sync(call, limiter=self._limiter)
+
+
+@asynccontextmanager
+async def _hasher() -> AsyncIterator["_Hasher"]:
+    """Have a process that hashes chunks in this block."""
+    command = [sys.executable, "-m", "stratocache.cache.chunk_hasher", str(CHUNK_BYTES)]
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield _Hasher(process.stdin, process.stdout)
+    finally:
+        process.kill()  # it changes nothing
+        with trio.CancelScope(shield=True):
+            await process.stdin.aclose()
+            await process.stdout.aclose()
+            await process.wait()
+
+
+class _Hasher:
+    """Our end of the process; without it nothing is found right."""
+
+    def __init__(self, questions: trio.abc.SendStream, answers: trio.abc.ReceiveStream) -> None:
+        self._questions = questions
+        self._answers = answers
+
+    async def lengths(self, files: Sequence[tuple[str, str]]) -> list[int | None]:
+        """Return the lengths of files that have their digests, None for the others."""
+        answer = b""
+        try:
+            await self._questions.send_all(json.dumps(files).encode() + b"\n")
+            while not answer.endswith(b"\n") and len(answer) < _ANSWER_BYTES_MAX:
+                received = await self._answers.receive_some()
+                if not received:
+                    break
+                answer += received
+        except trio.BrokenResourceError:
+            pass
+        if not answer.endswith(b"\n"):
+            log.warning("the process that hashes chunks has ended; they are hashed here")
+            return [None] * len(files)
+        lengths: list[int | None] = json.loads(answer)
+        return lengths
 
 
 class _Pace:
@@ -178,13 +232,3 @@ class _Pace:
         now_s = trio.current_time()
         self._due_s = max(self._due_s, now_s - _BURST_S) + size_bytes / self._bytes_per_s
         await trio.sleep(max(0.0, self._due_s - now_s))
-
-
-def _give_way() -> None:
-    """Give the calling thread the lowest priority there is."""
-    thread_id = ctypes.CDLL(None).gettid()
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread_id, _NICEST)
-    number = _IOPRIO_SET.get(platform.machine())
-    if number is not None:
-        ctypes.CDLL(None).syscall(number, _IOPRIO_WHO_PROCESS, thread_id, _IOPRIO_IDLE)

@@ -111,16 +111,13 @@ class Scrubbing:
 
     async def run(self) -> None:
         """Make passes for ever; one that fails is taken up again a minute later."""
-        try:
-            while True:
-                try:
-                    await self._wait_until_due()
-                    await self._pass()
-                except Exception:
-                    log.exception("the scrubber stopped; it goes on in a while")
-                    await trio.sleep(_AFTER_FAILURE_S)
-        finally:
-            self._scrub.close()
+        while True:
+            try:
+                await self._wait_until_due()
+                await self._pass()
+            except Exception:
+                log.exception("the scrubber stopped; it goes on in a while")
+                await trio.sleep(_AFTER_FAILURE_S)
 
     async def _wait_until_due(self) -> None:
         while True:

@@ -372,7 +372,6 @@ async def _scrubbed(host: Host) -> tuple[int, int, int]:
             incomplete=partial(incomplete_manifests, host.db), note=note,
         )  # fmt: skip
         await scrub.walk(tally)
-        scrub.close()
     return tally.chunks, tally.manifests, tally.damaged
 
 

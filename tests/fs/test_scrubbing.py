@@ -1,6 +1,9 @@
 """The scrubber: what it finds, that it pauses, and that it goes on where it was."""
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -109,6 +112,45 @@ def test_a_paused_pass_goes_on_in_the_next_process(tmp_path: Path) -> None:
         host.rest()
         ended = scrub_state(host.db)
         assert (ended.chunks, ended.damaged, ended.repaired) == (CHUNKS, 1, 1)
+    finally:
+        host.close()
+
+
+def _hashers() -> list[int]:
+    """Return the processes of ours that hash chunks."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with suppress(OSError):
+                if b"chunk_hasher" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found
+
+
+def test_chunks_are_hashed_by_a_process_that_gives_way_and_may_die(tmp_path: Path) -> None:
+    """It runs when nobody else wants to; when it is killed the pass goes on, and finds what there is
+    to find; none is left after the pass."""
+    host = KeepHost(tmp_path, bytes_per_s=SLOW_BYTES_PER_S)
+    schedulers: list[int] = []
+    try:
+        _image(host)
+        request_scrub(host.db, ROOT, "now")
+
+        async def script(daemon: KeepDaemon) -> None:
+            with trio.fail_after(60):
+                while not schedulers or schedulers[-1] != os.SCHED_IDLE:
+                    await trio.sleep(0.01)
+                    schedulers.extend(os.sched_getscheduler(pid) for pid in _hashers())
+            (pid,) = _hashers()
+            path = host.chunk_files()[-1]
+            path.write_bytes(b"?" + path.read_bytes()[1:])
+            os.kill(pid, signal.SIGKILL)
+            await daemon.rest()
+
+        host.run(script)
+        ended = scrub_state(host.db)
+        assert (ended.chunks, ended.damaged, ended.repaired) == (CHUNKS, 1, 1)
+        assert _hashers() == []
     finally:
         host.close()
 
