@@ -33,6 +33,10 @@ _FIRST_REST_S = 2.0
 """For how long an origin that served something wrong is left alone; doubled each time …"""
 _REST_MAX_S = 300.0
 """… up to this."""
+_LACKED_MAX = 3
+"""How many chunks in a row a store may lack …"""
+_LACKING_REST_S = 60.0
+"""… until it is left alone for a while: there may be none beside the index at all."""
 _TRIES = 4
 """How often one that rests is asked all the same while somebody waits for what only it has."""
 
@@ -92,6 +96,8 @@ class _Health:
     """In a row, that may pass."""
     wrongs: int = 0
     """That are no accident; every success halves their number."""
+    lacked: int = 0
+    """Chunks in a row that it does not have."""
     rests_until: float = 0.0
 
 
@@ -355,7 +361,8 @@ class ChunkFetcher:
         try:
             await origin.read(wanted, deliver, lambda count: self.traffic.moved(identifier, count))
         except Unavailable as error:
-            self._note_failure(origin, error)
+            if not image.gone:  # that is no fault of the origin
+                self._note_failure(origin, error)
             return error
         finally:
             image.reads -= 1
@@ -363,15 +370,19 @@ class ChunkFetcher:
                 image.idle.set()
                 image.idle = trio.Event()
         health = self._health[origin.location]
-        health.failures = 0
+        health.failures = health.lacked = 0
         health.wrongs //= 2
         return None
 
     def _note_failure(self, origin: ChunkOrigin, error: Unavailable) -> None:
-        if error.kind == "absent":
-            return
         health = self._health[origin.location]
-        if error.kind == "wrong":
+        if error.kind == "absent":
+            health.lacked += 1
+            if health.lacked < _LACKED_MAX:
+                return
+            health.lacked = 0
+            rest_s = _LACKING_REST_S
+        elif error.kind == "wrong":
             rest_s = min(_REST_MAX_S, _FIRST_REST_S * 2.0**health.wrongs)
             health.wrongs += 1
         else:

@@ -307,6 +307,28 @@ def test_a_store_is_believed_nothing(host: LazyHost, origin: OriginServer, fault
     assert _asked(origin) == Counter([0])
 
 
+def test_a_store_that_is_not_there_is_not_asked_for_every_chunk(
+    host: LazyHost, origin: OriginServer
+) -> None:
+    """An index may lie beside a raw image alone: a few requests for a store find that out."""
+    entry = entry_of(
+        IMAGE, origin.add("/image", IMAGE),
+        index=EndorsedIndex(url=f"{origin.url}/image.caibx", sha256="0" * 64),
+    )  # fmt: skip
+    identifier = host.add(IMAGE, entry)
+
+    async def script(fetcher: ChunkFetcher) -> None:
+        reader = host.images.reader(identifier)
+        for index in (12, 10, 8, 6, 2, 0):
+            at = index * CHUNK_BYTES
+            assert await reader.read(at, 9) == IMAGE[at : at + 9]
+
+    host.run(script)
+
+    assert [request.status for request in origin.log].count(404) == 3
+    assert _asked(origin) == Counter([12, 10, 8, 6, 2, 0])
+
+
 def test_a_damaged_chunk_is_fetched_again_while_the_reader_waits(
     host: LazyHost, origin: OriginServer
 ) -> None:

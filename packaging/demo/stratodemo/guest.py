@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,6 +120,13 @@ class Guest:
         """Wait like `wait_for`; return when the report came, in seconds after the start."""
         return self._wait_for_report(key, timeout_s)[0]
 
+    def line_time(self, text: str, timeout_s: float) -> float:
+        """Wait until a console line has `text`; return when that came, in seconds after the start.
+
+        For guests of other images, which do not report. Raises `GuestError` as `wait_for` does.
+        """
+        return self._wait(lambda line: line.text if text in line.text else None, text, timeout_s)[0]
+
     def send(self, line: str) -> None:
         """Type `line` on the serial console; the script gets it with `read`."""
         stdin = self._running.stdin
@@ -161,20 +168,30 @@ class Guest:
         return self._process
 
     def _wait_for_report(self, key: str, timeout_s: float) -> tuple[float, str]:
+        def value(line: ConsoleLine) -> str | None:
+            match = _REPORT.search(line.text)
+            return match["value"] if match and match["key"] == key else None
+
+        return self._wait(value, key, timeout_s)
+
+    def _wait(
+        self, find: Callable[[ConsoleLine], str | None], what: str, timeout_s: float
+    ) -> tuple[float, str]:
+        """Return when the first line came of which `find` returns something, and what that is."""
         deadline = time.monotonic() + timeout_s
         checked = 0
         with self._news:
             while True:
                 for line in self._lines[checked:]:
-                    match = _REPORT.search(line.text)
-                    if match and match["key"] == key:
-                        return line.at_s, match["value"]
+                    found = find(line)
+                    if found is not None:
+                        return line.at_s, found
                 checked = len(self._lines)
                 if self._closed:
-                    raise self._failure(f"ended without reporting {key}")
+                    raise self._failure(f"ended without reporting {what}")
                 remaining_s = deadline - time.monotonic()
                 if remaining_s <= 0:
-                    raise self._failure(f"did not report {key} within {timeout_s:g} s")
+                    raise self._failure(f"did not report {what} within {timeout_s:g} s")
                 self._news.wait(remaining_s)
 
     def _read_console(self) -> None:

@@ -1,11 +1,5 @@
-"""The bootable demonstration image: Debian's kernel, busybox and e2fsprogs on one ext4 partition.
-
-    sector 0        GRUB's boot.img and the partition table
-    sector 1…2047   GRUB's core image with its configuration inside
-    sector 2048…    ext4: /boot, /bin/busybox, /lib/modules, /sbin/init
-
-No mount and no loop device is involved: mkfs.ext4 copies the tree (`-d`) into the image at the
-partition's offset, and GRUB's two parts go where their own defaults expect them.
+"""The bootable demonstration image: Debian's kernel, busybox and e2fsprogs on one ext4 partition,
+with /boot, /bin/busybox, /lib/modules and /sbin/init.
 """
 
 import gzip
@@ -14,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from stratodemo import bootable_disk
+from stratodemo.bootable_disk import write_bootable_disk
 from stratodemo.kernel_modules import write_modules_dep
 from stratodemo.packages import obtain, obtain_kernel, unpack
 from stratodemo.programs import run_program
@@ -21,11 +17,7 @@ from stratodemo.programs import run_program
 IMAGE_BYTES = 320 * 1024**2
 ROOT_LABEL = "stratocache-root"
 
-_SECTOR_BYTES = 512
-_PARTITION_SECTOR = 2048
 _RECIPE = Path(__file__).parent / "system"
-_GRUB = Path("/usr/lib/grub/i386-pc")
-_GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "linux")
 _KERNEL_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"
 _GRUB_CONFIGURATION = f"""\
 set root=(hd0,msdos1)
@@ -58,7 +50,10 @@ def build_system_image(directory: Path) -> Path:
             unpack(package, work / "userland")
         tree = _root_tree(work)
         unfinished = work / "image.raw"
-        _write_disk(tree, unfinished, work)
+        write_bootable_disk(
+            tree, unfinished, work, size_bytes=IMAGE_BYTES, label=ROOT_LABEL,
+            configuration=_GRUB_CONFIGURATION,
+        )  # fmt: skip
         for stale in directory.glob("system-*.raw*"):
             stale.unlink()
         unfinished.rename(image)
@@ -84,7 +79,7 @@ def compress(image: Path) -> Path:
 
 def _recipe_digest(packages: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in (Path(__file__), *sorted(_RECIPE.iterdir())):
+    for path in (Path(__file__), Path(bootable_disk.__file__), *sorted(_RECIPE.iterdir())):
         digest.update(path.read_bytes())
     digest.update("".join(package.name for package in packages).encode())
     return digest.hexdigest()[:12]
@@ -158,41 +153,6 @@ def _write_initramfs(tree: Path, work: Path) -> None:
         text="\n".join(names),
         directory=early,
     )
-
-
-def _write_disk(tree: Path, image: Path, work: Path) -> None:
-    with image.open("wb") as disk:
-        disk.truncate(IMAGE_BYTES)
-    run_program(
-        ["sfdisk", "--quiet", str(image)],
-        text=f"label: dos\nlabel-id: 0x53747261\nstart={_PARTITION_SECTOR}, type=83, bootable\n",
-    )
-    _write_boot_loader(image, work)
-    partition_bytes = IMAGE_BYTES - _PARTITION_SECTOR * _SECTOR_BYTES
-    run_program([
-        "mkfs.ext4", "-q", "-F", "-m", "0", "-L", ROOT_LABEL, "-d", str(tree),
-        # GRUB 2.06 reads neither of these features.
-        "-O", "^metadata_csum_seed,^orphan_file",
-        "-E", f"offset={_PARTITION_SECTOR * _SECTOR_BYTES},root_owner=0:0",
-        str(image), f"{partition_bytes // 1024}k",
-    ])  # fmt: skip
-
-
-def _write_boot_loader(image: Path, work: Path) -> None:
-    configuration = work / "grub.cfg"
-    configuration.write_text(_GRUB_CONFIGURATION)
-    core = work / "core.img"
-    run_program([
-        "grub-mkimage", "-O", "i386-pc", "-d", str(_GRUB), "-p", "(hd0,msdos1)/boot/grub",
-        "-c", str(configuration), "-o", str(core), *_GRUB_MODULES,
-    ])  # fmt: skip
-    core_bytes = core.read_bytes()
-    assert len(core_bytes) <= (_PARTITION_SECTOR - 1) * _SECTOR_BYTES
-    with image.open("r+b") as disk:
-        # Up to byte 440; the disk signature and the partition table follow.
-        disk.write((_GRUB / "boot.img").read_bytes()[:440])
-        disk.seek(_SECTOR_BYTES)
-        disk.write(core_bytes)
 
 
 def _install(source: Path, target: Path) -> None:
