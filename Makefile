@@ -54,7 +54,8 @@ crash: test-tools ## run the crash tests with every case; takes hours (root)
 		CRASH_CUTS=$${CRASH_CUTS:-200} ATTACH_RACES=$${ATTACH_RACES:-1000} LAZY_KILLS=$${LAZY_KILLS:-100} \
 		ATTACHMENT_HISTORIES=$${ATTACHMENT_HISTORIES:-2000} TGT_HISTORIES=$${TGT_HISTORIES:-50} \
 		CRASH_FAULTS=$${CRASH_FAULTS:-1000} KEEP_EXAMPLES=$${KEEP_EXAMPLES:-300} \
-		CACHE_REQUESTS=$${CACHE_REQUESTS:-1000} ORIGIN_SEQUENCES=$${ORIGIN_SEQUENCES:-200} \
+		ORIGIN_SEQUENCES=$${ORIGIN_SEQUENCES:-200} \
+		CACHE_SECONDS=$${CACHE_SECONDS:-600} CACHE_LIMIT_MIB=$${CACHE_LIMIT_MIB:-200} \
 		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py \
 		tests/fs/test_eviction.py tests/cache/test_faulty_origins.py -s \
 		-o python_files="test_*.py physical_host.py lio_conformance.py rotten_boot.py" -o faulthandler_timeout=0 $(ARGS)

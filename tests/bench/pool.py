@@ -40,6 +40,15 @@ def measure(directory: Path, samples: int) -> Iterable[Result]:
         yield from _launches(appliance, reference.identifier, samples)
         for size, size_bytes in DISK_SIZES.items():
             yield from _snapshots(appliance, reference.identifier, size, size_bytes)
+
+
+def measure_saves(directory: Path, samples: int) -> Iterable[Result]:
+    """Measure what saving a clone adds to the cache."""
+    reference = publish_image(directory / "published", IMAGE_BYTES)
+    appliance = Appliance(
+        directory / "appliance", endpoint=reference.endpoint, fingerprint=reference.fingerprint
+    )
+    with _pool(appliance), appliance:
         yield from _saves(appliance, reference.identifier, samples)
 
 

@@ -2,7 +2,7 @@
 
     python tests/bench/run.py --output build/bench.json [--samples 5] [--only NAME]
 
-Prints a table; writes a list of {name, value, unit, goal, met, samples, spread}. A value is the
+Prints a table, with the load average of the machine after each suite; writes a list of {name, value, unit, goal, met, samples, spread}. A value is the
 median of its samples; the spread is their lowest and highest. Samples of ours and of the yardstick
 alternate, so that a machine whose speed drifts is fair to both.
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 _TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS), str(_TESTS.parent / "packaging" / "demo")]
 
-from bench import images, iscsi, launches, lazy, listing, pauses, pool, scrub
+from bench import crowd, images, iscsi, launches, lazy, listing, pauses, pool, scrub
 from bench.result import Result
 
 SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
+    "crowd": crowd.measure,
     "iscsi": iscsi.measure,
     "images": images.measure,
     "launches": launches.measure,
@@ -29,6 +30,7 @@ SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
     "listing": listing.measure,
     "pauses": pauses.measure,
     "pool": pool.measure,
+    "saves": pool.measure_saves,
     "scrub": scrub.measure,
 }
 
@@ -48,6 +50,7 @@ def main() -> None:
             for result in SUITES[name](Path(directory), options.samples):
                 print(result.line(), flush=True)
                 results.append(result)
+        print("load average after {}: {:.1f} {:.1f} {:.1f}".format(name, *os.getloadavg()))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_suffix(".partial")
     partial.write_text(json.dumps([result.record() for result in results], indent=1) + "\n")
