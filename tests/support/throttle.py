@@ -57,6 +57,8 @@ class Throttle:
                 return
             server = socket.create_connection(("127.0.0.1", self._target_port))
             self._sockets += [client, server]
+            for one in (client, server):  # a link waits for no acknowledgements
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for source, sink, limited in ((client, server, False), (server, client, True)):
                 thread = threading.Thread(
                     target=self._carry, args=(source, sink, limited), daemon=True
