@@ -67,6 +67,17 @@ def epoch(request: falcon.Request) -> int | None:
     return int(text)
 
 
+def whole_number(request: falcon.Request, name: str, most: int) -> int | None:
+    """Return a parameter from 1 to `most`, None when it is absent; raises `InvalidInput`
+    (`parameter-invalid`)."""
+    text = request.get_param(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:_NUMBER_DIGITS]) <= most):
+        raise InvalidInput("parameter-invalid", f"{name} is a number from 1 to {most}.", field=name)
+    return int(text)
+
+
 def page(
     request: falcon.Request, items: Iterable[Item], cursor_of: Callable[[Item], str]
 ) -> tuple[list[Item], str | None]:

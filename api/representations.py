@@ -1,6 +1,8 @@
 """What responses carry: one pydantic model per resource, and its entity tag."""
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -8,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from stratocache.api import connection_details
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
-from stratocache.fs.fetch_account import ImageAccount
+from stratocache.fs.fetch_account import DiskAccount, ImageAccount, Sample
 from stratocache.fs.lineage import DiskNode, Lineage, SnapshotNode
+from stratocache.fs.pace import remaining_s
 from stratocache.fs.records import (
     Attachment,
     Caller,
@@ -83,6 +86,18 @@ class ImageView(Representation):
         )
 
 
+class TrafficSample(Representation):
+    """What was fetched, and waited for, in ten seconds."""
+
+    at: str
+    remote_bytes: int
+    remote_wait_s: float
+
+
+def _samples(history: Iterable[Sample]) -> list[TrafficSample]:
+    return [TrafficSample(**asdict(sample)) for sample in history]
+
+
 class LineageSnapshot(Representation):
     """A snapshot, and the disks that were cloned of it."""
 
@@ -137,8 +152,21 @@ class ImageDetails(ImageView):
     remote_bytes: int
     remote_wait_s: float
     dedup_bytes: int
+    shared_bytes: int | None
+    """Of its chunks that others have too; None when it is not known."""
+    stored_bytes: int | None
+    cache_saved_bytes: int
+    hits: int
+    hit_bytes: int
+    misses: int
+    miss_bytes: int
+    hit_ratio: float | None
     local_bytes: int | None
+    rate_bytes_s: float
     complete_in_s: float | None
+    traffic_history: list[TrafficSample]
+    local_map: list[float] | None = None
+    """With `?map=N`: the share that is here of each of N equal parts."""
     checked_at: str | None
     """When its catalogue last answered a question about it; None = not since it was fetched."""
     attached_to: list[str]
@@ -156,16 +184,21 @@ class ImageDetails(ImageView):
 
     @classmethod
     def with_account(
-        cls, image: Image, account: ImageAccount, lineage: Lineage, attached_to: list[str]
+        cls,
+        image: Image,
+        account: ImageAccount,
+        lineage: Lineage,
+        attached_to: list[str],
+        *,
+        shared_bytes: int | None,
+        local_map: list[float] | None = None,
     ) -> Self:
         """Show an image with its account and what was made of it."""
         return cls(
             **dict(ImageView.of(image)),
-            remote_bytes=account.remote_bytes,
-            remote_wait_s=account.remote_wait_s,
-            dedup_bytes=account.dedup_bytes,
-            local_bytes=account.local_bytes,
-            complete_in_s=account.complete_in_s,
+            **{**asdict(account), "traffic_history": _samples(account.traffic_history)},
+            shared_bytes=shared_bytes,
+            local_map=local_map,
             checked_at=image.checked_at,
             attached_to=attached_to,
             disks=[LineageDisk.of(disk) for disk in lineage.disks],
@@ -234,8 +267,25 @@ class DiskDetails(DiskView):
     remote_bytes: int
     """Of its image, fetched because a read of this disk waited for them."""
     remote_wait_s: float
+    boot_remote_bytes: int
+    """The same since the disk was attached last."""
+    boot_remote_wait_s: float
+    cache_saved_bytes: int
+    """Of its image that were here when it was cloned."""
+    traffic_history: list[TrafficSample]
     fenced: bool
     """Whether its image was rejected, so that it cannot be attached."""
+
+    @classmethod
+    def with_account(
+        cls, disk: Disk, attachments: list[Attachment], account: DiskAccount, *, fenced: bool
+    ) -> Self:
+        """Show a disk with its account."""
+        return cls(
+            **dict(DiskView.of(disk, attachments)),
+            **{**asdict(account), "traffic_history": _samples(account.traffic_history)},
+            fenced=fenced,
+        )
 
     def to_json_and_etag(self) -> tuple[bytes, str]:
         """Return both; the validator is of the disk alone: what it cost changes all the time."""
@@ -412,6 +462,10 @@ class OperationView(Representation):
     state: Literal["pending", "running", "done", "failed", "cancelled"]
     progress_bytes: int
     total_bytes: int | None
+    rate_bytes_s: float
+    """At which progress grew lately."""
+    complete_in_s: float | None
+    """When it is done at that rate; None when nobody knows."""
     cancel_requested: bool
     owner: str
     created_at: str
@@ -430,6 +484,8 @@ class OperationView(Representation):
             state=operation.state,
             progress_bytes=operation.progress_bytes,
             total_bytes=operation.total_bytes,
+            rate_bytes_s=0.0 if operation.finished else round(operation.rate_bytes_s, 1),
+            complete_in_s=_complete_in_s(operation),
             cancel_requested=operation.cancel_requested,
             owner=operation.owner,
             created_at=operation.created_at,
@@ -438,3 +494,12 @@ class OperationView(Representation):
             result=operation.result,
             error=operation.error,
         )
+
+
+def _complete_in_s(operation: Operation) -> float | None:
+    if operation.finished:
+        return 0.0
+    if operation.total_bytes is None or not operation.rate_bytes_s:
+        return None
+    missing_bytes = operation.total_bytes - operation.progress_bytes
+    return remaining_s(missing_bytes, operation.rate_bytes_s)

@@ -11,6 +11,7 @@ from stratocache.cache.errors import ErrorRecord, Unreachable, from_record
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Operation
+from stratocache.fs.sharing import Sharing
 from stratocache.fs.state import Database
 
 _UNRESERVED_WAIT_S = 2.0
@@ -25,6 +26,7 @@ class Service:
     def __init__(self, configuration: Configuration, db: Database) -> None:
         self.configuration = configuration
         self.db = db
+        self.sharing = Sharing(configuration.state_dir)
         self._watch = OperationWatch(db)
         self._long_waits = threading.BoundedSemaphore(
             max(1, configuration.api.threads - _RESERVED_THREADS)

@@ -78,6 +78,8 @@ class ChunkStatistics:
     """Chunks hashed and found right."""
     quarantined: int
     """Chunks hashed and found wrong."""
+    inspected_bytes: int
+    """Read again from the medium, past the page cache."""
 
 
 class ChunkDescriptor(int):
@@ -126,6 +128,7 @@ class ChunkStore:
         self._condemned: list[set[bytes]] = []
         self._verified_count = 0
         self._quarantined_count = 0
+        self._inspected_bytes = 0
 
     def put(self, digest: bytes, data: bytes) -> bool:
         """Store a chunk whose SHA-256 is `digest`; tell whether it was new.
@@ -269,6 +272,7 @@ class ChunkStore:
                 raise
             log.error("chunk %s cannot be read: %s", digest.hex(), error)
             content, inode = memoryview(b""), None
+        self._inspected_bytes += len(content)
         if len(content) <= CHUNK_BYTES and hashlib.sha256(content).digest() == digest:
             self._verified_count += 1
             return len(content)
@@ -378,6 +382,7 @@ class ChunkStore:
             open_descriptors=len(self._open),
             verified=self._verified_count,
             quarantined=self._quarantined_count,
+            inspected_bytes=self._inspected_bytes,
         )
 
     def close(self) -> None:

@@ -84,6 +84,8 @@ class _Flight:
     """Who asked first."""
     patient: bool = True
     """Whether origins are asked again and again while there is time."""
+    demand: bool = False
+    """Whether somebody waited for it from the beginning."""
     error: Exception | None = None
     """Why it did not arrive; None also when others may well try again."""
 
@@ -125,13 +127,14 @@ class ChunkFetcher:
         entry_of: EntryOf,
         room: CacheSpace,
         *,
+        traffic: Traffic | None = None,
         backoff: Backoff | None = None,
         patience: Patience | None = None,
     ) -> None:
         settings = configuration.fetch
         self.timeout_s = settings.demand_timeout_s
         self.background_parallel = settings.origin_parallel // 2
-        self.traffic = Traffic()
+        self.traffic = traffic or Traffic()
         self._parallel = settings.origin_parallel
         self._images = images
         self._client = client
@@ -190,7 +193,7 @@ class ChunkFetcher:
                 while True:
                     flight = self._flights.get(digest)
                     if flight is None:
-                        flight = _Flight(reader=READER.get(), patient=patient)
+                        flight = _Flight(reader=READER.get(), patient=patient, demand=True)
                         self._flights[digest] = flight
                         self._nursery.start_soon(self._fly, flight, image, index)
                     await flight.landed.wait()
@@ -353,7 +356,7 @@ class ChunkFetcher:
             await trio.to_thread.run_sync(self._store, item, data, limiter=self._limiter)
             flight = flights[item.digest]
             flight.arrived = True
-            self.traffic.arrived(identifier, item.size_bytes)
+            self.traffic.arrived(identifier, item.size_bytes, demand=flight.demand)
             self.traffic.asked(flight.reader, item.size_bytes)
             self._land(item.digest, flight)
 
@@ -362,6 +365,7 @@ class ChunkFetcher:
             await origin.read(wanted, deliver, lambda count: self.traffic.moved(identifier, count))
         except Unavailable as error:
             if not image.gone:  # that is no fault of the origin
+                self.traffic.requested(error.kind)
                 self._note_failure(origin, error)
             return error
         finally:
@@ -369,6 +373,7 @@ class ChunkFetcher:
             if not image.reads:
                 image.idle.set()
                 image.idle = trio.Event()
+        self.traffic.requested("ok")
         health = self._health[origin.location]
         health.failures = health.lacked = 0
         health.wrongs //= 2

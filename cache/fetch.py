@@ -35,6 +35,7 @@ from stratocache.cache.origin import Backoff, HttpOrigin, Progress, SizeLimit, o
 from stratocache.cache.room import CacheSpace, RoomMaker
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Stage
+from stratocache.cache.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,10 @@ class Fetcher:
 
     def __init__(
         self, configuration: Configuration, images: ImageStore, chunks: ChunkStore,
-        client: httpx.AsyncClient, *, backoff: Backoff | None = None,
+        client: httpx.AsyncClient, *, traffic: Traffic | None = None,
+        backoff: Backoff | None = None,
     ) -> None:  # fmt: skip
+        self._traffic = traffic or Traffic()
         self._stages = configuration.state_dir / "stage"
         self._stages.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._image_bytes_max = configuration.fetch.max_image_bytes
@@ -94,7 +97,9 @@ class Fetcher:
             configuration.space.reserve_bytes,
             limit=_CacheLimit(chunks, configuration.cache.max_bytes).require,
         )
-        self.http = HttpOrigin(client, configuration.fetch, self._space, backoff or Backoff())
+        self.http = HttpOrigin(
+            client, configuration.fetch, self._space, backoff or Backoff(), self._traffic
+        )
         # Apart from trio's own limiter: hashing must not take the threads that guests' reads need.
         self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
 
@@ -208,7 +213,9 @@ class Fetcher:
                 def read_progress(_: int) -> None:
                     progress(file.tell(), total)
 
-                return await self._make(file, entry, stage, read_progress, there)
+                made = await self._make(file, entry, stage, read_progress, there)
+                self._traffic.moved(entry.identifier, total)
+                return made
         continued = await self.http.download(location, stage, _limit(entry), progress)
         try:
             return await self._make_from_stage(entry, stage, there)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from stratocache.cache.errors import (
 )
 from stratocache.cache.manifest import Manifest, fsync_directory
 from stratocache.cache.space import full_disk_is_no_space
+from stratocache.cache.traffic import ReadCounts
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +76,10 @@ class ImageReader:
     """Is told of every read by the event loop: offset and size."""
 
     def __init__(
-        self, manifest: Manifest, chunks: ChunkStore, gate: "OpeningGate", name: str
-    ) -> None:
+        self, manifest: Manifest, chunks: ChunkStore, gate: "OpeningGate", name: str,
+        counts: ReadCounts,
+    ) -> None:  # fmt: skip
+        self.counts = counts
         self.manifest = manifest
         self.name = name
         self.size_bytes = manifest.size_bytes
@@ -127,7 +131,11 @@ class ImageReader:
             return None
         if start == 0:
             self._read_ahead(index)
-        return self._pread(digest, descriptor, size, start)
+        data = self._pread(digest, descriptor, size, start)
+        if data is not None:
+            self.counts.hits += 1
+            self.counts.hit_bytes += size
+        return data
 
     def _pread(
         self, digest: bytes, descriptor: ChunkDescriptor, size: int, start: int
@@ -152,6 +160,7 @@ class ImageReader:
         # One buffer that preadv fills, rather than pieces that a join copies again.
         data = bytearray(size)
         view = memoryview(data)
+        hits = hit_bytes = 0
         for piece_offset, piece_size in _pieces(offset, size):
             index, start = divmod(piece_offset, CHUNK_BYTES)
             digest = self.chunk(index)
@@ -166,6 +175,10 @@ class ImageReader:
                 ):
                     self._chunks.distrust(digest)
                     return None
+                hits += 1
+                hit_bytes += piece_size
+        self.counts.hits += hits
+        self.counts.hit_bytes += hit_bytes
         return data
 
     async def read(self, offset: int, size: int) -> bytes | bytearray:
@@ -179,19 +192,34 @@ class ImageReader:
             await trio.lowlevel.checkpoint()
             return data
         size = min(size, self.size_bytes - offset)
-        await self._open_all(range(offset // CHUNK_BYTES, -(-(offset + size) // CHUNK_BYTES)))
+        last = -(-(offset + size) // CHUNK_BYTES)
+        fetched = await self._open_all(range(offset // CHUNK_BYTES, last))
         pieces = []
         for piece_offset, piece_size in _pieces(offset, size):
             pieces.append(await self._read_piece(piece_offset, piece_size))
+            self._count(piece_offset // CHUNK_BYTES, piece_size, fetched)
         return b"".join(pieces)
 
-    async def _open_all(self, indexes: range) -> None:
-        """Open chunks side by side; the first failure is raised bare, not in a group."""
+    def _count(self, index: int, size_bytes: int, fetched: Collection[int]) -> None:
+        """Count a read of one chunk; those that were `fetched` for it are misses."""
+        if index in fetched:
+            self.counts.misses += 1
+            self.counts.miss_bytes += size_bytes
+        elif self.chunk(index) is not None:
+            self.counts.hits += 1
+            self.counts.hit_bytes += size_bytes
+
+    async def _open_all(self, indexes: range) -> set[int]:
+        """Open chunks side by side; the first failure is raised bare, not in a group.
+
+        Returns those that had to be fetched.
+        """
         failures: list[Exception] = []
+        fetched: set[int] = set()
 
         async def open_one(index: int, digest: bytes) -> None:
             try:
-                await self._gate.open(digest, self.name, index)
+                await self._gate.open(digest, self.name, index, fetched)
             except (StratocacheError, OSError) as error:
                 failures.append(error)
 
@@ -202,6 +230,7 @@ class ImageReader:
                     nursery.start_soon(open_one, index, digest)
         if failures:
             raise failures[0]
+        return fetched
 
     async def _read_piece(self, offset: int, size: int) -> bytes:
         index, start = divmod(offset, CHUNK_BYTES)
@@ -263,8 +292,11 @@ class OpeningGate:
         self.coming: trio.Event | None = None
         """Set when the supplier that is expected is there; None = none is expected."""
 
-    async def open(self, digest: bytes, name: str, index: int) -> ChunkDescriptor:
-        """Return the descriptor of a chunk: chunk `index` of the manifest `name`.
+    async def open(
+        self, digest: bytes, name: str, index: int, fetched: set[int] | None = None
+    ) -> ChunkDescriptor:
+        """Return the descriptor of a chunk: chunk `index` of the manifest `name`, which is added to
+        `fetched` when it had to be.
 
         Raises what `ChunkStore.open` and the supplier do.
         """
@@ -287,6 +319,8 @@ class OpeningGate:
                 if mine:
                     del self._opening[digest]
                     opening.ended.set()
+                if opening.remote and fetched is not None:
+                    fetched.add(index)
                 if opening.remote and self.supplier is not None:
                     self.supplier.waited(name, trio.current_time() - started)
 
@@ -403,6 +437,8 @@ class ImageStore:
         self._lock = threading.Lock()
         self._drafts: list[Draft] = []
         self._readers: WeakValueDictionary[str, ImageReader] = WeakValueDictionary()
+        self.reads: defaultdict[str, ReadCounts] = defaultdict(ReadCounts)
+        """By name of the manifest; they outlive its readers."""
 
     def manifest_path(self, identifier: str) -> Path:
         """Return where an image's manifest is, or would be.
@@ -451,7 +487,10 @@ class ImageStore:
         with self._lock:
             reader = self._readers.get(identifier)
         if reader is None:
-            made = ImageReader(self.manifest(identifier), self.chunks, self._gate, identifier)
+            made = ImageReader(
+                self.manifest(identifier), self.chunks, self._gate, identifier,
+                self.reads[identifier],
+            )  # fmt: skip
             with self._lock:
                 reader = self._readers.setdefault(identifier, made)
         return reader

@@ -84,6 +84,14 @@ class Manifest:
             if digest != zero and not (last and self.is_zero(index)):
                 yield digest
 
+    def stored_bytes(self) -> int:
+        """Return what a store takes for the image alone: each chunk once, none of zeros."""
+        last = self.chunk_count - 1
+        distinct = set(self.stored())
+        short = CHUNK_BYTES - self.chunk_bytes(last) if self.chunk_count else 0
+        ends_short = short and self.digest(last) in distinct
+        return len(distinct) * CHUNK_BYTES - (short if ends_short else 0)
+
     def write(self, path: Path, *, mark: Callable[[Path], None] = lambda _: None) -> None:
         """Write the `.caibx` file: to a temporary name, fsync, rename, fsync of the directory.
 

@@ -24,6 +24,7 @@ from stratocache.cache.errors import NotFound, NotVerified, OriginFailed, Refuse
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Source, Stage
+from stratocache.cache.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,13 @@ class HttpOrigin:
         settings: FetchSettings,
         space: CacheSpace,
         backoff: Backoff,
+        traffic: Traffic | None = None,
     ) -> None:
         self._client = client
         self._attempts = settings.attempts
         self._space = space
         self._backoff = backoff
+        self._traffic = traffic
         self._timeout = httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s)
 
     async def download(
@@ -167,6 +170,8 @@ class HttpOrigin:
                 async for data in response.aiter_raw():
                     try:
                         received += len(data)
+                        if self._traffic is not None:
+                            self._traffic.moved(stage.directory.name, len(data))
                         limit.judge(received, total=False)
                         buffer += data
                         if len(buffer) >= _BUFFER_BYTES:

@@ -1,6 +1,6 @@
-"""What fetching cost: bytes moved per image, and the time that readers waited for them."""
+"""What fetching cost and what the cache saved: bytes, readers' waits, hits and misses."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +23,23 @@ class ImageTraffic:
 
 
 @dataclass
+class ReadCounts:
+    """How those who read one manifest fared, since the process started.
+
+    A read is of one chunk; one that spans two counts for each. Chunks of zeros count for nothing:
+    no cache is needed for them.
+    """
+
+    hits: int = 0
+    """Of chunks that were here."""
+    hit_bytes: int = 0
+    """That these gave."""
+    misses: int = 0
+    """Of chunks that had to be fetched while the reader waited."""
+    miss_bytes: int = 0
+
+
+@dataclass
 class ReaderTraffic:
     """One reader, a disk or an image that is attached."""
 
@@ -37,10 +54,24 @@ class Traffic:
     def __init__(self) -> None:
         self.images: dict[str, ImageTraffic] = defaultdict(ImageTraffic)
         self.readers: dict[str, ReaderTraffic] = defaultdict(ReaderTraffic)
+        self.chunks: Counter[str] = Counter()
+        """Chunks that landed singly: `demand`, somebody waited for them, or `background`."""
+        self.requests: Counter[str] = Counter()
+        """Requests for single chunks by how they ended: `ok`, or the kind of `Unavailable`."""
 
-    def arrived(self, image_id: str, size_bytes: int) -> None:
+    def arrived(self, image_id: str, size_bytes: int, *, demand: bool) -> None:
         """Count a chunk that landed."""
         self.images[image_id].arrived_bytes += size_bytes
+        self.chunks["demand" if demand else "background"] += 1
+
+    def cost(self) -> tuple[float, float]:
+        """Return the bytes moved and the seconds waited, all together."""
+        items = self.images.values()
+        return sum(item.remote_bytes for item in items), sum(item.wait_s for item in items)
+
+    def requested(self, outcome: str) -> None:
+        """Count a request for single chunks that has ended."""
+        self.requests[outcome] += 1
 
     def moved(self, image_id: str, size_bytes: int) -> None:
         """Count what an origin sent."""

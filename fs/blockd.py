@@ -21,6 +21,7 @@ from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.images import ImageStore
 from stratocache.fs.blocks import Blocks
+from stratocache.fs.disk_io import DiskIo
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.fuse_connection import serve_inherited
 from stratocache.fs.poke import PokeListener
@@ -50,6 +51,7 @@ class Blockd:
             on_full=self._note_full,
         )
         self.blocks = Blocks(configuration, self._db, self._images, self._disks)
+        self._io = DiskIo()
 
     def _note_full(self, uuid: str) -> None:
         """Record, beside the write that waits, that a disk's file system is full."""
@@ -88,7 +90,8 @@ class Blockd:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         init_request = self._directory.init_request.read_bytes()
-        tree = Tree(self.blocks, opened_by_kernel=self._configuration.iscsi.backend == "lio")
+        by_kernel = self._configuration.iscsi.backend == "lio"
+        tree = Tree(self.blocks, opened_by_kernel=by_kernel, io=self._io)
         await serve_inherited(tree, fuse_fd, init_request, task_status=task_status)
         log.info("the FUSE connection has ended")
         everything.cancel()
@@ -105,7 +108,8 @@ class Blockd:
         from stratocache.fs.housekeeping import Housekeeping
 
         house = Housekeeping(
-            self._configuration, self._db, self._images, self._chunks, self._disks, self.blocks
+            self._configuration, self._db, self._images, self._chunks, self._disks, self.blocks,
+            self._io,
         )  # fmt: skip
         await house.keep(pokes, nursery)
 

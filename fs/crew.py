@@ -218,7 +218,14 @@ class Crew:
     def status(self) -> dict[str, ChildStatus]:
         """Return what others may know of each."""
         return {
-            child.name: ChildStatus(child.pid, child.started_at, child.restarts, child.ready)
+            child.name: ChildStatus(
+                child.pid,
+                child.started_at,
+                child.restarts,
+                child.ready,
+                round(child.pause_s, 4),
+                round(child.paused_s, 4),
+            )
             for child in self.children
         }
 

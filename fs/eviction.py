@@ -26,6 +26,7 @@ from stratocache.fs.records import Caller, Operation
 from stratocache.fs.scrubbing import empty_quarantine
 from stratocache.fs.space_plan import holding_of
 from stratocache.fs.state import Database, record_event
+from stratocache.fs.tallies import add_tally
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,7 @@ class Eviction:
                     "UPDATE operations SET progress_bytes = progress_bytes + ? WHERE id = ?",
                     (freed_bytes, operation.id),
                 )
+            add_tally(connection, "evicted_bytes", freed_bytes)
             record_event(
                 connection, "image.evicted", image_id,
                 f"Image {image_id}, {_why(candidate)}, makes room: "

@@ -17,17 +17,21 @@ from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
 from stratocache.cache.supply import Supply
+from stratocache.cache.traffic import Traffic
 from stratocache.fs import inventory, transfers
 from stratocache.fs.acquisition import Acquisition
+from stratocache.fs.blockd_counts import BlockdCounts
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.content_import import Importer
+from stratocache.fs.disk_io import DiskIo
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
 from stratocache.fs.keeping import Keeping
 from stratocache.fs.lio import Lio
+from stratocache.fs.manifest_sizes import ManifestSizes
 from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
 from stratocache.fs.poke import PokeListener
@@ -66,6 +70,7 @@ class Housekeeping:
         chunks: ChunkStore,
         disks: DiskStore,
         blocks: Blocks,
+        io: DiskIo,
     ) -> None:
         self._configuration = configuration
         self._directory = RunDirectory(configuration.run_dir)
@@ -74,6 +79,7 @@ class Housekeeping:
         self._chunks = chunks
         self._disks = disks
         self.blocks = blocks
+        self._counts = BlockdCounts(self._directory.counts, db, chunks, io)
         self._woken = trio.Event()
 
     def _target_daemon(self) -> TargetDaemon:
@@ -100,14 +106,15 @@ class Housekeeping:
 
     async def _work(self, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
         """Sweep once, then look at the state whenever somebody says so, and now and then."""
-        fetcher = Fetcher(self._configuration, self._images, self._chunks, client)
+        traffic = Traffic()
+        fetcher = Fetcher(self._configuration, self._images, self._chunks, client, traffic=traffic)
         chunk_fetcher = ChunkFetcher(
             self._configuration, self._images, client, nursery, entry_finder(self._db),
-            fetcher.chunk_space,
+            fetcher.chunk_space, traffic=traffic,
         )  # fmt: skip
         supply = Supply(self._images, chunk_fetcher, awaited_finder(self._db))
         self._images.set_supplier(supply)
-        record = TrafficRecord(self._db, chunk_fetcher.traffic)
+        record = TrafficRecord(self._db, traffic, self._images.reads)
         provisional = ProvisionalImages(
             self._configuration, self._db, self._images, client, chunk_fetcher,
             BootSets(self._configuration, self._images, nursery), record, nursery, self._wake,
@@ -147,14 +154,18 @@ class Housekeeping:
         nursery.start_soon(record.run)
         nursery.start_soon(recheck.run)
         rejected = RejectedPages(self._db, self.blocks, nursery)
+        nursery.start_soon(self._counts.run)
+        sizes = ManifestSizes(self._db, self._images)
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()
+            await sizes.look()
             await operations.look()
             provisional.look()
             rejected.look()
             keeping.scrubbing.look()
-            unsettled = await reconciler.reconcile()
+            with self._counts.reconciling():
+                unsettled = await reconciler.reconcile()
             snapshots.look()
             await promotion.look()
             if mount.is_due():

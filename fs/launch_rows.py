@@ -11,6 +11,7 @@ from functools import cache
 
 from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError
 from stratocache.fs import disk_intents, intents, inventory, records
+from stratocache.fs.cache_savings import count_savings
 from stratocache.fs.records import Caller, DiskRequest, Image, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
 
@@ -115,9 +116,11 @@ def insert_launch(
         intents.check_attachable(db, authorised, wanted, "rw")
         attach("disk", "rw", disk_uuid=other)
     _hold(connection, boot)
+    count_savings(connection, operation, boot, uuid)
     for image in shared:
         attach("readonly", "ro", image_id=image.id)
         _hold(connection, image)
+        count_savings(connection, operation, image)
     connection.execute(
         "UPDATE launches SET boot_disk = ? WHERE instance = ?", (uuid, request.instance)
     )
@@ -133,6 +136,7 @@ def insert_clone(
         base_image=image.id, base_manifest=image.id,
     )  # fmt: skip
     _hold(connection, image)
+    count_savings(connection, operation, image, operation.subject)
 
 
 def _attacher(

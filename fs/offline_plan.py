@@ -61,12 +61,13 @@ def _missing(state_dir: Path, manifest: Manifest) -> Iterator[int]:
             continue
         digest = manifest.digest(index)
         if digest not in seen:
-            seen[digest] = _is_there(state_dir, digest, manifest.chunk_bytes(index))
+            seen[digest] = is_there(state_dir, digest, manifest.chunk_bytes(index))
             if not seen[digest]:
                 yield index
 
 
-def _is_there(state_dir: Path, digest: bytes, size_bytes: int) -> bool:
+def is_there(state_dir: Path, digest: bytes, size_bytes: int) -> bool:
+    """Tell whether a chunk has a file of the right length."""
     name = digest.hex()
     try:
         path = state_dir / "chunks" / name[0] / name[1] / name

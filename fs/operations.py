@@ -23,6 +23,7 @@ from stratocache.cache.errors import (
 )
 from stratocache.fs import intents, records
 from stratocache.fs.acquisition import Acquisition, Report
+from stratocache.fs.cache_savings import count_savings
 from stratocache.fs.launch_rows import (
     PROMPT_KINDS,
     insert_clone,
@@ -30,6 +31,7 @@ from stratocache.fs.launch_rows import (
     launch_request,
     record_cached,
 )
+from stratocache.fs.pace import Pace
 from stratocache.fs.records import DiskRequest, Image, LaunchRequest, Operation
 from stratocache.fs.state import Database, now, record_event
 
@@ -161,6 +163,7 @@ class Operations:
     def _end_fetch(self, operation: Operation, image: Image) -> None:
         with self._db.transaction() as connection:
             connection.execute("UPDATE images SET last_used_at = ? WHERE id = ?", (now(), image.id))
+            count_savings(connection, operation, image)
             if operation.request["pin"]:
                 connection.execute("UPDATE images SET pinned = 1 WHERE id = ?", (image.id,))
             finish(connection, "fetch", operation.subject, {"image": image.id}, operation.id)
@@ -256,19 +259,24 @@ class Operations:
     async def _write_progress(
         self, operation_id: str, latest: Callable[[], tuple[int, int | None]]
     ) -> None:
-        written: tuple[int, int | None] = (0, None)
+        written: tuple[int, int | None, float] = (0, None, 0.0)
+        pace = Pace(trio.current_time(), latest()[0])
         while True:
             await trio.sleep(_PROGRESS_INTERVAL_S)
-            if latest() != written:
-                written = latest()
-                await trio.to_thread.run_sync(self._store_progress, operation_id, *written)
+            pace.done_bytes, total_bytes = latest()
+            progress = (pace.done_bytes, total_bytes, pace.measure(trio.current_time()))
+            if progress != written:
+                written = progress
+                await trio.to_thread.run_sync(self._store_progress, operation_id, *progress)
 
-    def _store_progress(self, operation_id: str, done_bytes: int, total_bytes: int | None) -> None:
+    def _store_progress(
+        self, operation_id: str, done_bytes: int, total_bytes: int | None, rate_bytes_s: float
+    ) -> None:
         with self._db.transaction() as connection:
             connection.execute(
-                "UPDATE operations SET progress_bytes = ?, total_bytes = ?, updated_at = ? "
-                "WHERE id = ?",
-                (done_bytes, total_bytes, now(), operation_id),
+                "UPDATE operations SET progress_bytes = ?, total_bytes = ?, rate_bytes_s = ?, "
+                "updated_at = ? WHERE id = ?",
+                (done_bytes, total_bytes, rate_bytes_s, now(), operation_id),
             )
 
     def _mark_running(self, operation_id: str) -> None:

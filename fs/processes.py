@@ -67,12 +67,17 @@ class Child:
         """Seconds since the epoch."""
         self.restarts = 0
         """Starts after the first."""
+        self.pause_s = 0.0
+        """From the end of the process before until this one was ready."""
+        self.paused_s = 0.0
+        """All such pauses together."""
         self.crashes = 0
         """Ends by its own fault since it was last ready for `STEADY_AFTER_S`."""
         self.links: dict[str, int] = {}
         """Our ends of pipes to the process, by name; closed when it is collected."""
         self._log_file = log_file
         self._delay_s = 0.0
+        self._ended_at: float | None = None
         self._popen: subprocess.Popen[bytes] | None = None  # None too when it was handed over
 
     @property
@@ -138,6 +143,8 @@ class Child:
             "ready_at": self.ready_at,
             "started_at": self.started_at,
             "restarts": self.restarts,
+            "pause_s": self.pause_s,
+            "paused_s": self.paused_s,
         }
 
     def resume(self, handed: Mapping[str, Any]) -> None:
@@ -146,6 +153,8 @@ class Child:
         self.links = dict(handed["links"])
         self.ready_at = handed["ready_at"]
         self.started_at, self.restarts = handed["started_at"], handed["restarts"]
+        # an older version hands over neither
+        self.pause_s, self.paused_s = handed.get("pause_s", 0.0), handed.get("paused_s", 0.0)
 
     @property
     def descriptors(self) -> list[int]:
@@ -160,6 +169,10 @@ class Child:
     def mark_ready(self) -> None:
         """Note that it does its work."""
         self.ready_at = time.monotonic()
+        if self._ended_at is not None:
+            self.pause_s = self.ready_at - self._ended_at
+            self.paused_s += self.pause_s
+            self._ended_at = None
         log.info("%s is ready", self.name)
 
     def send(self, number: signal.Signals) -> None:
@@ -193,6 +206,8 @@ class Child:
         if self.ready_at is not None and time.monotonic() - self.ready_at >= STEADY_AFTER_S:
             self.crashes = 0
         self.crashes += status != 0 and status not in _KILLED
+        if self._ended_at is None:
+            self._ended_at = time.monotonic()
         self.plan_restart()
         self._forget()
         how = f"signal {-status}" if status < 0 else f"status {status}"

@@ -227,7 +227,7 @@ class ProvisionalImages:
 
         def progress(done_bytes: int, total_bytes: int | None) -> None:
             task.done_bytes, task.total_bytes = done_bytes, total_bytes
-            self._record.progress(image.id, done_bytes)
+            self._record.progress(image.id, done_bytes, total_bytes)
             for report in task.reports:
                 report(done_bytes, total_bytes)
 

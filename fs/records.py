@@ -216,6 +216,8 @@ class Operation:
     owner: str
     created_at: str
     updated_at: str
+    rate_bytes_s: float = 0.0
+    """At which progress grew lately."""
 
     @property
     def finished(self) -> bool:

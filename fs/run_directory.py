@@ -33,6 +33,11 @@ class RunDirectory:
         return self.path / "live"
 
     @property
+    def counts(self) -> Path:
+        """What processes count for /metrics (`counts`)."""
+        return self.path / "counts"
+
+    @property
     def init_request(self) -> Path:
         """The FUSE_INIT request of the present connection, for who serves it."""
         return self.path / "fuse-init"
@@ -81,6 +86,7 @@ class RunDirectory:
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
             self.live.mkdir(mode=0o700, exist_ok=True)
+            self.counts.mkdir(mode=0o700, exist_ok=True)
             for other in others:
                 if other is not None:
                     other.mkdir(mode=0o700, parents=True, exist_ok=True)

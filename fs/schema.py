@@ -306,4 +306,54 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE images ADD COLUMN withdrawn_at TEXT;
     ALTER TABLE images ADD COLUMN withdrawn_because TEXT;
     """,
+    """
+    -- reads of single chunks that were here, and of those that were fetched while the reader waited
+    ALTER TABLE image_traffic ADD COLUMN hits INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE image_traffic ADD COLUMN hit_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE image_traffic ADD COLUMN misses INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE image_traffic ADD COLUMN miss_bytes INTEGER NOT NULL DEFAULT 0;
+    -- that were here when a launch, a clone or a fetch asked for the image, each time
+    ALTER TABLE image_traffic ADD COLUMN cache_saved_bytes INTEGER NOT NULL DEFAULT 0;
+    -- JSON list of [second, remote bytes, remote wait in s]: the latest periods in which there were any
+    ALTER TABLE image_traffic ADD COLUMN history TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE disk_traffic ADD COLUMN cache_saved_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE disk_traffic ADD COLUMN history TEXT NOT NULL DEFAULT '[]';
+    -- as remote_bytes and remote_wait_s, since the attachment of this epoch: of the latest boot
+    ALTER TABLE disk_traffic ADD COLUMN boot_epoch INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE disk_traffic ADD COLUMN boot_remote_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE disk_traffic ADD COLUMN boot_remote_wait_s REAL NOT NULL DEFAULT 0;
+    -- at which progress_bytes grew lately
+    ALTER TABLE operations ADD COLUMN rate_bytes_s REAL NOT NULL DEFAULT 0;
+
+    CREATE TABLE manifest_sizes (
+        name         TEXT PRIMARY KEY,      -- of an image or a snapshot whose manifest has been read
+        stored_bytes INTEGER NOT NULL       -- its chunks, each once, those of zeros left out
+    ) STRICT;
+    CREATE TRIGGER forget_image_size AFTER DELETE ON images BEGIN
+        DELETE FROM manifest_sizes WHERE name = OLD.id;
+    END;
+    CREATE TRIGGER forget_snapshot_size AFTER DELETE ON snapshots BEGIN
+        DELETE FROM manifest_sizes WHERE name = OLD.id;
+    END;
+
+    CREATE TABLE tallies (                  -- counters for /metrics, which only grow: api/METRICS.md
+        name  TEXT NOT NULL,
+        label TEXT NOT NULL DEFAULT '',
+        value REAL NOT NULL,
+        PRIMARY KEY (name, label)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO tallies SELECT 'events', kind, count(*) FROM events GROUP BY kind;
+    CREATE TRIGGER count_events AFTER INSERT ON events BEGIN
+        INSERT INTO tallies VALUES ('events', NEW.kind, 1)
+        ON CONFLICT (name, label) DO UPDATE SET value = value + 1;
+    END;
+    CREATE TRIGGER count_operations AFTER UPDATE OF state ON operations
+    WHEN NEW.state IN ('done', 'failed', 'cancelled') AND OLD.state IN ('pending', 'running') BEGIN
+        INSERT INTO tallies VALUES ('operations', NEW.kind || ' ' || NEW.state, 1)
+        ON CONFLICT (name, label) DO UPDATE SET value = value + 1;
+        INSERT INTO tallies VALUES ('operation_seconds', NEW.kind,
+            max(0, (julianday(NEW.updated_at) - julianday(NEW.created_at)) * 86400.0))
+        ON CONFLICT (name, label) DO UPDATE SET value = value + excluded.value;
+    END;
+    """,
 )

@@ -37,6 +37,10 @@ class ChildStatus:
     """Seconds since the epoch; 0 when it was never started."""
     restarts: int
     ready: bool
+    pause_s: float = 0.0
+    """From the end of the process before until this one was ready; 0 of the first."""
+    paused_s: float = 0.0
+    """All such pauses together."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from time import perf_counter
 from typing import Any, Concatenate, Never, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
@@ -44,6 +45,7 @@ from stratocache.fs.attributes import (
     is_disk,
     number_of,
 )
+from stratocache.fs.disk_io import DiskIo
 from stratocache.fs.overlay import BlockSource, Overlay
 from stratocache.fs.records import Disk, Image
 
@@ -109,6 +111,7 @@ def _handler(method: _Handler[_P, _R]) -> _Handler[_P, _R]:
             raise
         except Exception as error:
             number = _errno_of(error)
+            self.io.failed(method.__name__, args[0])  # type: ignore[arg-type]  # its first is the handle
             if isinstance(error, OSError | StratocacheError):
                 log.error("%s of inode %s: %s", method.__name__, args[0], error)
             else:
@@ -142,7 +145,7 @@ class Tree(pyfuse3.Operations):
 
     `on_init` runs when the kernel's INIT is being answered (see `fuse_connection`). With
     `opened_by_kernel` root, whom modes do not hold, may open images for writing, as LIO does with every file, and is
-    refused when it writes.
+    refused when it writes. `io` is told of every read, write and flush.
     """
 
     supports_dot_lookup = False
@@ -155,8 +158,10 @@ class Tree(pyfuse3.Operations):
         on_init: Callable[[], None] | None = None,
         *,
         opened_by_kernel: bool = False,
+        io: DiskIo | None = None,
     ) -> None:
         super().__init__()
+        self.io = io or DiskIo()
         self._image_modes = {os.O_RDONLY, os.O_RDWR} if opened_by_kernel else {os.O_RDONLY}
         self._inventory = inventory
         self._on_init = on_init
@@ -291,6 +296,7 @@ class Tree(pyfuse3.Operations):
     @_handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read, from the event loop when nothing has to be waited for."""
+        started = perf_counter()
         if is_disk(fh):
             overlay = await self._overlay(fh)
             data = overlay.read_nowait(off, size)
@@ -305,6 +311,7 @@ class Tree(pyfuse3.Operations):
             data = reader.read_nowait(off, size)
             if data is None:
                 data = await reader.read(off, size)
+        self.io.read.note(fh, len(data), perf_counter() - started)
         return data  # type: ignore[return-value]  # any buffer will do
 
     @_handler
@@ -312,17 +319,21 @@ class Tree(pyfuse3.Operations):
         """Write to a disk, all or an error."""
         if not is_disk(fh):
             raise FUSEError(errno.EROFS)
+        started = perf_counter()
         overlay = await self._overlay(fh)
         if not overlay.write_nowait(off, buf):
             with reading_for(str(number_of(InodeT(fh)))):
                 await overlay.write(off, buf)
+        self.io.write.note(fh, len(buf), perf_counter() - started)
         return len(buf)
 
     @_handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Make a disk's writes durable; a failure is reported here, and from then on always."""
         if is_disk(fh):
+            started = perf_counter()
             await (await self._overlay(fh)).flush()
+            self.io.flush.note(fh, 0, perf_counter() - started)
 
     @_handler
     async def flush(self, fh: FileHandleT) -> None:

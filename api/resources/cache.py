@@ -10,7 +10,7 @@ from stratocache.api.models import EvictionRequest, ScrubRequest, read_body
 from stratocache.api.representations import OperationView, Representation
 from stratocache.api.service import Service, require_success
 from stratocache.cache.configuration import CacheSettings
-from stratocache.fs import eviction, inventory, scrubbing, space_plan
+from stratocache.fs import eviction, fetch_account, inventory, scrubbing, space_plan
 from stratocache.fs.intents import require_administrator
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan
 from stratocache.fs.losses import Loss, losses
@@ -96,8 +96,20 @@ class CacheView(Representation):
 
 
 class StatusView(CacheView):
-    """The account, the scrubber, and what is lost."""
+    """The account, what fetching cost and the cache saved, the scrubber, and what is lost;
+    `stratocache.fs.fetch_account.HostAccount` says what each of the sums counts."""
 
+    remote_bytes: int
+    remote_wait_s: float
+    cache_saved_bytes: int
+    dedup_saved_bytes: int
+    shared_bytes: int
+    evicted_bytes: int
+    hits: int
+    hit_bytes: int
+    misses: int
+    miss_bytes: int
+    hit_ratio: float | None
     scrub: ScrubView
     losses: list[LossView]
 
@@ -227,6 +239,7 @@ class CacheStatus:
         shown = CacheView.of(account, service.configuration.cache)
         status = StatusView(
             **shown.model_dump(),
+            **asdict(fetch_account.of_host(service.db, account.chunk_bytes)),
             scrub=ScrubView.of(scrubbing.scrub_state(service.db)),
             losses=[LossView.of(loss, service.db, caller) for loss in losses(service.db)],
         )

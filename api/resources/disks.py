@@ -165,10 +165,8 @@ def _view(service: Service, caller: Caller, uuid: str) -> DiskDetails:
 
 
 def _details(db: Database, disk: Disk) -> DiskDetails:
+    attachments = inventory.attachments(db, disk_uuid=disk.uuid)
     account = fetch_account.of_disk(db, disk)
-    return DiskDetails(
-        **dict(DiskView.of(disk, inventory.attachments(db, disk_uuid=disk.uuid))),
-        remote_bytes=account.remote_bytes,
-        remote_wait_s=account.remote_wait_s,
-        fenced=inventory.is_fenced(db, disk),
+    return DiskDetails.with_account(
+        disk, attachments, account, fenced=inventory.is_fenced(db, disk)
     )

@@ -10,10 +10,9 @@ from stratocache.api.representations import ImageDetails, ImageView, OperationVi
 from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
-from stratocache.fs import fetch_account, intents, inventory
+from stratocache.fs import fetch_account, intents, inventory, local_map
 from stratocache.fs.lineage import lineage_of
 from stratocache.fs.records import Caller, Image
-from stratocache.fs.state import Database
 from stratocache.fs.verification import request_verification
 
 
@@ -54,9 +53,8 @@ class ImageCollection:
             raise Internal("internal", f"Operation {operation.id} names no image.")
         image = inventory.image(self._service.db, operation.result["image"])
         address = f"/v1/images/{image.id}"
-        answers.show(
-            response, _details(self._service.db, answers.caller(request), image), created_at=address
-        )
+        view = _details(self._service, answers.caller(request), image)
+        answers.show(response, view, created_at=address)
 
 
 class ImageItem:
@@ -66,10 +64,12 @@ class ImageItem:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
-        """Show one image, what it cost to fetch, and what was made of it."""
-        query.require_known(request)
+        """Show one image, what it cost to fetch, and what was made of it; with `?map=N` which of N
+        equal parts are here."""
+        query.require_known(request, "map")
+        cells = query.whole_number(request, "map", local_map.CELLS_MAX)
         image = inventory.image(self._service.db, image_id)
-        answers.show(response, _details(self._service.db, answers.caller(request), image))
+        answers.show(response, _details(self._service, answers.caller(request), image, cells))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Delete an image that nothing uses: 204, or 202 when that takes longer than `?wait=`."""
@@ -139,7 +139,7 @@ class ImagePin:
         answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
         caller = answers.caller(request)
         image = intents.set_pin(db, caller, image_id, pinned)
-        answers.show(response, _details(db, caller, image))
+        answers.show(response, _details(self._service, caller, image))
 
 
 class ImageVerification:
@@ -163,9 +163,14 @@ class ImageVerification:
             answers.accept(response, operation)
 
 
-def _details(db: Database, caller: Caller, image: Image) -> ImageDetails:
+def _details(
+    service: Service, caller: Caller, image: Image, cells: int | None = None
+) -> ImageDetails:
+    db, state_dir = service.db, service.configuration.state_dir
     account = fetch_account.of_image(db, image)
     held = inventory.attachments(db, image_id=image.id) if caller.administrator else []
     return ImageDetails.with_account(
-        image, account, lineage_of(db, caller, image.id), [item.instance for item in held]
-    )
+        image, account, lineage_of(db, caller, image.id), [item.instance for item in held],
+        shared_bytes=service.sharing.shared_bytes(image.id),
+        local_map=None if cells is None else local_map.local_map(state_dir, image, cells),
+    )  # fmt: skip

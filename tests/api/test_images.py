@@ -91,10 +91,14 @@ def test_an_image_is_shown_with_its_cost_and_its_disks(api: Api, root: Requests)
     api.db.connection.execute("UPDATE images SET state = 'provisional', verified_at = NULL")
     tag = root("GET", f"/v1/images/{IMAGE_ID}").headers["etag"]
     api.db.connection.execute(
-        "INSERT INTO image_traffic VALUES (?, 1000, 1.5, 500, ?, 1048576, '')",
+        "INSERT INTO image_traffic (image_id, remote_bytes, remote_wait_s, dedup_bytes, local_bytes, "
+        "rate_bytes_s, updated_at) VALUES (?, 1000, 1.5, 500, ?, 1048576, '')",
         (IMAGE_ID, IMAGE_BYTES - 2 * 1048576),
     )
-    api.db.connection.execute("INSERT INTO disk_traffic VALUES (1, 700, 0.25, '')")
+    api.db.connection.execute(
+        "INSERT INTO disk_traffic (disk_number, remote_bytes, remote_wait_s, updated_at) "
+        "VALUES (1, 700, 0.25, '')"
+    )
 
     answer = root("GET", f"/v1/images/{IMAGE_ID}")
     disk = root("GET", f"/v1/disks/{uuid}").json

@@ -246,7 +246,7 @@ class KeepDaemon:
         images.set_supplier(supply)
         provisional = ProvisionalImages(
             configuration, db, images, client, chunk_fetcher,
-            BootSets(configuration, images, nursery), TrafficRecord(db, chunk_fetcher.traffic),
+            BootSets(configuration, images, nursery), TrafficRecord(db, chunk_fetcher.traffic, images.reads),
             nursery, self.wake,
         )  # fmt: skip
         shelf: Any = self.host.shelf

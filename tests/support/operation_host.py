@@ -83,7 +83,7 @@ class Host:
                 )  # fmt: skip
                 supply = Supply(self.images, chunk_fetcher, awaited_finder(self.db))
                 self.images.set_supplier(supply)
-                self.record = TrafficRecord(self.db, chunk_fetcher.traffic)
+                self.record = TrafficRecord(self.db, chunk_fetcher.traffic, self.images.reads)
                 self.provisional = ProvisionalImages(
                     self.configuration, self.db, self.images, client, chunk_fetcher,
                     BootSets(self.configuration, self.images, nursery), self.record, nursery,
