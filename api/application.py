@@ -4,6 +4,7 @@ import falcon
 
 from stratocache.api.identity import caller_of
 from stratocache.api.problem import add_handlers
+from stratocache.api.request_counts import RequestCounts
 from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
 from stratocache.api.resources.cache import CacheEviction, CachePlan, CacheScrub, CacheStatus
 from stratocache.api.resources.content import DiskContent, DiskUpload
@@ -13,7 +14,7 @@ from stratocache.api.resources.disks import (
     DiskItem,
     DiskRestoration,
 )
-from stratocache.api.resources.health import Index, Liveness, Readiness
+from stratocache.api.resources.health import Index, Liveness, MetricsPage, Readiness
 from stratocache.api.resources.images import (
     ImageBootSet,
     ImageCollection,
@@ -31,6 +32,7 @@ from stratocache.api.resources.snapshots import (
 )
 from stratocache.api.service import Service
 from stratocache.cache.configuration import Configuration
+from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.state import Database
 
 _OPEN_PATHS = ("/healthz", "/readyz")
@@ -49,17 +51,24 @@ class Authentication:
 
 
 def create_app(
-    configuration: Configuration, db: Database
+    configuration: Configuration, db: Database, requests: RequestCounts | None = None
 ) -> falcon.App[falcon.Request, falcon.Response]:
-    """Return the application; `db` must have the present schema (`Database.migrate`)."""
+    """Return the application; `db` must have the present schema (`Database.migrate`).
+
+    `requests` counts what comes.
+    """
     service = Service(configuration, db)
-    app = falcon.App(middleware=[Authentication(configuration.api.group)])
+    requests = requests or RequestCounts(RunDirectory(configuration.run_dir).counts)
+    app = falcon.App()
+    app.add_middleware(requests)
+    app.add_middleware(Authentication(configuration.api.group))
     app.req_options.strip_url_path_trailing_slash = True
     add_handlers(app)
     attachments = "/v1/disks/{uuid}/attachments"
     snapshots = "/v1/disks/{uuid}/snapshots"
     app.add_route("/healthz", Liveness())
     app.add_route("/readyz", Readiness(service))
+    app.add_route("/metrics", MetricsPage(service, requests))
     app.add_route("/v1", Index(service))
     app.add_route("/v1/images", ImageCollection(service))
     app.add_route("/v1/images/{image_id}", ImageItem(service))

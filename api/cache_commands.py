@@ -39,7 +39,7 @@ def cache() -> None:
 def status(session: Session) -> None:
     """Show the bytes by kind, what is promised, the scrubber, and what is lost."""
     account = session.client.get("/v1/cache")
-    lines = [space_lines(account), scrub_line(account["scrub"])]
+    lines = [space_lines(account), saved_lines(account), scrub_line(account["scrub"])]
     lines += [
         f"LOST: {item['kind']} {plain(item['name'])} of {', '.join(item['images'])}, needed by "
         f"{item['disk_count']} disks: {plain(item['reason'])}"
@@ -220,6 +220,22 @@ def check(context: click.Context, repair: bool, deep: bool) -> None:
 def space_lines(account: "Document") -> str:
     """Return an account of space for people, one kind a line."""
     return "\n".join(f"{name + ':':<21}{_size(account[key])}" for name, key in _LINES)
+
+
+def saved_lines(account: "Document") -> str:
+    """Return what was fetched, and what did not have to be, for people."""
+    from stratocache.api import plots
+
+    figures = {
+        "fetched": format_size(account["remote_bytes"]),
+        "guests waited": plots.duration(account["remote_wait_s"]),
+        "hits": plots.ratio_line(account),
+        "saved by cache": format_size(account["cache_saved_bytes"]),
+        "saved by dedup": f"{format_size(account['dedup_saved_bytes'])} not fetched, "
+        f"{format_size(account['shared_bytes'])} of space shared",
+        "evicted": format_size(account["evicted_bytes"]),
+    }
+    return "\n".join(f"{name + ':':<21}{text}" for name, text in figures.items())
 
 
 def promise_line(account: "Document") -> str:

@@ -116,8 +116,13 @@ def ls(session: Session, tag: str | None, owner: str | None) -> None:
 @json_option
 @click.pass_obj
 def show(session: Session, uuid: str) -> None:
-    """Show one disk."""
-    session.show_fields(session.client.get(_path(uuid)))
+    """Show one disk, and what its guest waited for remote bytes."""
+    from stratocache.api import plots
+
+    document = session.client.get(_path(uuid))
+    session.show_fields(document, hidden=("traffic_history",))
+    if not session.as_json:
+        plots.echo_history(document)
 
 
 @disk.command()

@@ -61,12 +61,18 @@ def _size(item: "Document") -> Any:
 @json_option
 @click.pass_obj
 def show(session: Session, image_id: str) -> None:
-    """Show one image, the entry it was fetched by, and what was made of it."""
+    """Show one image: its entry, which part is here, what guests waited, what was made of it."""
+    from stratocache.api import plots
     from stratocache.api.lineage_tree import show_lineage
 
-    document = session.client.get(_path(image_id))
-    session.show_fields(document, hidden=("disks", "omitted_count"))
-    if document["disks"] and not session.as_json:
+    document = session.client.get(_path(image_id), map=str(plots.CELLS))
+    hidden = ("traffic_history", "local_map", "disks", "omitted_count")
+    session.show_fields(document, hidden=hidden)
+    if session.as_json:
+        return
+    plots.echo_here(document)
+    plots.echo_history(document)
+    if document["disks"]:
         show_lineage(document)
 
 

@@ -16,16 +16,20 @@ _ESCAPES = {" ": r"\040", "\t": r"\011", "\n": r"\012", "\\": r"\134"}  # proc(5
 
 
 def faults(configuration: Configuration, db: Database) -> dict[str, str]:
-    """Return a sentence for each part that does not work: `state`, `supervisor`, `blockd`,
+    """Return a sentence for each part that does not work."""
+    return {part: sentence for part, sentence in parts(configuration, db).items() if sentence}
+
+
+def parts(configuration: Configuration, db: Database) -> dict[str, str]:
+    """Return what is wrong with each part, empty when it works: `state`, `supervisor`, `blockd`,
     `mount`, `portal`."""
-    found = {
+    return {
         "state": _state_fault(db),
         "supervisor": _supervisor_fault(configuration.run_dir),
         "blockd": _blockd_fault(configuration.poke_socket),
         "mount": _mount_fault(configuration.blocks),
         "portal": _portal_fault(configuration),
     }
-    return {part: sentence for part, sentence in found.items() if sentence}
 
 
 def _state_fault(db: Database) -> str:

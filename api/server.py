@@ -17,7 +17,9 @@ from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from stratocache.api.application import create_app
+from stratocache.api.request_counts import RequestCounts
 from stratocache.cache.configuration import Configuration
+from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.state import Database
 
 _GRACE_S = 5
@@ -30,6 +32,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         self._configuration = configuration
         self._listen_fd = listen_fd
         self._ready_fd = ready_fd
+        self._requests: RequestCounts | None = None  # of this worker
         super().__init__()
 
     def load_config(self) -> None:
@@ -45,6 +48,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_tmp_dir": str(self._configuration.run_dir),
             "control_socket_disable": True,
             "post_worker_init": self._report,
+            "worker_exit": self._end,
         }
         for name, value in settings.items():
             self.cfg.set(name, value)
@@ -52,6 +56,10 @@ class Server(BaseApplication):  # type: ignore[misc]
     def _report(self, worker: object) -> None:
         with suppress(BrokenPipeError):  # a later worker; nobody asks any more
             os.write(self._ready_fd, b"R")
+
+    def _end(self, arbiter: object, worker: object) -> None:
+        if self._requests is not None:
+            self._requests.end()
 
     def run(self) -> None:
         """Serve until told to stop, and leave the socket's name alone: the socket is not ours."""
@@ -61,7 +69,10 @@ class Server(BaseApplication):  # type: ignore[misc]
 
     def load(self) -> Any:
         """Make the application, once in each worker, after the fork."""
-        return create_app(self._configuration, Database(self._configuration.database))
+        self._requests = RequestCounts(RunDirectory(self._configuration.run_dir).counts)
+        self._requests.write_on()
+        database = Database(self._configuration.database)
+        return create_app(self._configuration, database, self._requests)
 
 
 def main(arguments: list[str] | None = None) -> None:

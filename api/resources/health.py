@@ -1,13 +1,19 @@
-"""`/v1`, `/healthz` and `/readyz`: what this is, and whether it works."""
+"""`/v1`, `/healthz`, `/readyz`, `/metrics`: what this is, whether it works, and how."""
 
 import json
+import threading
+from typing import TYPE_CHECKING
 
 import falcon
 
 from stratocache import __version__
 from stratocache.api import answers, models, query, readiness, sizes
+from stratocache.api.request_counts import RequestCounts
 from stratocache.api.service import Service
 from stratocache.cache.errors import Unreachable
+
+if TYPE_CHECKING:
+    from stratocache.api.metrics import Metrics
 
 CAPABILITIES = (
     "launches",
@@ -17,6 +23,7 @@ CAPABILITIES = (
     "snapshots",
     "operations",
     "cache",
+    "metrics",
     "catalogue:stratuslab",
     "target:tgt",
 )
@@ -77,3 +84,29 @@ class Readiness:
             raise Unreachable("not-ready", " ".join(faults.values()), field=next(iter(faults)))
         response.content_type = falcon.MEDIA_JSON
         response.data = b'{"status":"ready"}'
+
+
+class MetricsPage:
+    """`/metrics`."""
+
+    def __init__(self, service: Service, requests: RequestCounts) -> None:
+        self._service = service
+        self._requests = requests
+        self._lock = threading.Lock()
+        self._metrics: Metrics | None = None
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Answer in Prometheus' text format; only administrators see single images and disks."""
+        query.require_known(request)
+        response.data = self._made().text(everything=answers.caller(request).administrator)
+        response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def _made(self) -> "Metrics":
+        """Return what writes the metrics; its library is imported when somebody asks first."""
+        with self._lock:
+            if self._metrics is None:
+                from stratocache.api.metrics import Metrics
+
+                service = self._service
+                self._metrics = Metrics(service.configuration, service.db, self._requests)
+            return self._metrics
