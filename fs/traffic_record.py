@@ -23,7 +23,7 @@ from stratocache.fs.tallies import add_tally
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 2.0
-_HITS_INTERVAL_S = 10.0
+_HITS_INTERVAL_S = 5.0
 HISTORY_INTERVAL_S = 10
 """Length of the periods whose sums are kept …"""
 HISTORY_MAX = 60

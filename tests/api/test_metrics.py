@@ -9,8 +9,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from prometheus_client.core import Metric as Family
-from prometheus_client.parser import text_string_to_metric_families
 from support.api_daemon import (
     IMAGE_ID,
     Api,
@@ -21,6 +19,7 @@ from support.api_daemon import (
     problem,
     standing_in,
 )
+from support.exposition import families, samples, value
 
 from stratocache.api import metric_catalogue as catalogue
 from stratocache.fs.counts import Counts, read_all, take_slot
@@ -29,32 +28,8 @@ from stratocache.fs.state import Database, record_event
 from stratocache.fs.tallies import tallies
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 _PARTS = re.compile(r"\bstratocache_[a-z0-9_]+")
 _SUFFIXES = ("_bucket", "_count", "_sum")
-
-
-def families(text: str) -> dict[str, Family]:
-    """Parse what /metrics answers, by the names as they are written in it."""
-    found = {}
-    for family in text_string_to_metric_families(text):
-        end = "_total" if family.type == "counter" else ""
-        found[family.name + end] = family
-    return found
-
-
-def samples(text: str) -> Samples:
-    """Return every sample by name and labels."""
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in families(text).values()
-        for sample in family.samples
-    }
-
-
-def value(text: str, name: str, **labels: str) -> float:
-    """Return one sample."""
-    return samples(text)[f"stratocache_{name}", tuple(sorted(labels.items()))]
 
 
 @pytest.fixture

@@ -100,6 +100,11 @@ class Appliance:
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Ask the API; return the status and the decoded body."""
+        status, content = self.exchange(method, path, body)
+        return status, json.loads(content) if content else None
+
+    def exchange(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        """Ask the API; return the status and the body as it came."""
         connection = _UnixConnection(self.run_dir / "api.sock")
         with contextlib.closing(connection):
             try:
@@ -111,7 +116,7 @@ class Appliance:
                 content = answer.read()
             except http.client.HTTPException as error:
                 raise OSError(str(error)) from error
-        return answer.status, json.loads(content) if content else None
+        return answer.status, content
 
     def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a `stratocache` command."""
