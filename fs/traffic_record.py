@@ -10,7 +10,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 
 import trio
@@ -63,10 +63,17 @@ class _News:
 class TrafficRecord:
     """Adds what is counted to the state database; belongs to one trio loop.
 
-    `reads` are those of `ImageStore`.
+    `reads` are those of `ImageStore`; `clock` gives seconds since the epoch.
     """
 
-    def __init__(self, db: Database, traffic: Traffic, reads: Mapping[str, ReadCounts]) -> None:
+    def __init__(
+        self,
+        db: Database,
+        traffic: Traffic,
+        reads: Mapping[str, ReadCounts],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
         self._db = db
         self._traffic = traffic
         self._reads = reads
@@ -197,7 +204,7 @@ class TrafficRecord:
             for (text,) in found.fetchall():
                 connection.execute(
                     f"UPDATE {table} SET history = ? WHERE {key} = ?",
-                    (_extended(text, row, time.time()), name),
+                    (_extended(text, row, self._clock()), name),
                 )
 
 

@@ -49,3 +49,30 @@ def test_crashes_are_counted_until_it_was_steady(monkeypatch: pytest.MonkeyPatch
     assert child.wait(20)
     child.collect()
     assert child.crashes == 1
+
+
+def test_pauses_are_from_the_end_to_the_next_that_is_ready() -> None:
+    """A start that fails between is part of the pause; a hand-over keeps what was counted."""
+    child = Child("child")
+    child.start(LASTING)
+    child.mark_ready()
+    assert (child.pause_s, child.paused_s) == (0, 0)
+    child.send(signal.SIGKILL)
+    assert child.wait(20)
+    child.collect()
+    ended = time.monotonic()
+    end(child, FAILING)
+    child.start(LASTING)
+    child.mark_ready()
+    assert 0 < child.pause_s <= time.monotonic() - ended + 0.1
+    first = child.pause_s
+    child.send(signal.SIGKILL)
+    assert child.wait(20)
+    child.collect()
+    child.start(LASTING)
+    child.mark_ready()
+
+    handed = child.handed_over()
+    child.stop(signal.SIGKILL, 20)
+
+    assert handed["paused_s"] == child.paused_s == pytest.approx(first + child.pause_s)

@@ -25,6 +25,7 @@ from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
 from stratocache.cache.supply import Supply
+from stratocache.cache.traffic import Traffic
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.operation_watch import OperationWatch
@@ -74,16 +75,20 @@ class Host:
 
         async def main() -> None:
             async with httpx.AsyncClient() as client, trio.open_nursery() as nursery:
-                fetcher = Fetcher(self.configuration, self.images, self.chunks, client)
+                traffic = Traffic()
+                fetcher = Fetcher(
+                    self.configuration, self.images, self.chunks, client, traffic=traffic
+                )
                 chunk_fetcher = ChunkFetcher(
                     self.configuration, self.images, client, nursery, entry_finder(self.db),
                     fetcher.chunk_space,
+                    traffic=traffic,
                     backoff=Backoff(base_s=0.01, limit_s=0.1),
                     patience=Patience(quiet_s=0.1, expect_s=0.1),
                 )  # fmt: skip
                 supply = Supply(self.images, chunk_fetcher, awaited_finder(self.db))
                 self.images.set_supplier(supply)
-                self.record = TrafficRecord(self.db, chunk_fetcher.traffic, self.images.reads)
+                self.record = TrafficRecord(self.db, traffic, self.images.reads)
                 self.provisional = ProvisionalImages(
                     self.configuration, self.db, self.images, client, chunk_fetcher,
                     BootSets(self.configuration, self.images, nursery), self.record, nursery,
