@@ -6,6 +6,8 @@ RATE_MIN_BYTES_S = 1024.0
 """Below it nobody says when the end comes."""
 _MEMORY_S = 10.0
 """Half a minute ago counts for a twentieth of now."""
+_ELAPSED_MIN_S = 0.001
+"""Too short to tell anything."""
 
 
 class Pace:
@@ -30,7 +32,7 @@ class Pace:
     def measure(self, at_s: float) -> float:
         """Return the rate now; standing still counts, so that a stall is not taken for speed."""
         elapsed_s = at_s - self._noted_at_s
-        if elapsed_s <= 0:
+        if elapsed_s < _ELAPSED_MIN_S:
             return self.rate_bytes_s
         rate = max(0, self.done_bytes - self._noted_bytes) / elapsed_s
         weight = 1 - math.exp(-elapsed_s / _MEMORY_S) if self.rate_bytes_s else 1.0

@@ -192,7 +192,7 @@ def test_the_rate_follows_what_happens() -> None:
     assert remaining_s(0, 0.0) == 0.0
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 2**40)), max_size=30))
+@given(st.lists(st.tuples(st.floats(0, 100) | st.just(1e-300), st.integers(0, 2**40)), max_size=30))
 def test_rates_are_never_negative(steps: list[tuple[float, int]]) -> None:
     """Whatever progress says, also when it falls back, there is a rate and no error."""
     pace, at_s = Pace(0.0), 0.0
