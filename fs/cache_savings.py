@@ -5,7 +5,7 @@ Counted in the transaction that makes the image used, so that it is counted once
 
 import sqlite3
 
-from stratocache.fs.records import Image, Operation
+from stratocache.fs.records import COMPLETE, Image, Operation
 from stratocache.fs.state import now
 from stratocache.fs.tallies import add_tally
 
@@ -26,7 +26,7 @@ def here_before(connection: sqlite3.Connection, operation: Operation, image: Ima
     if row is None:
         return 0
     stored_bytes = int(row["stored_bytes"])
-    if image.state == "verified":
+    if image.state in COMPLETE:
         return stored_bytes
     missing_bytes = image.size_bytes - int(row["local_bytes"] or 0)
     return max(0, stored_bytes - missing_bytes)

@@ -94,6 +94,7 @@ class Housekeeping:
     async def keep(self, pokes: PokeListener, nursery: trio.Nursery) -> None:
         """Work until cancelled."""
         nursery.start_soon(self._listen, pokes)
+        nursery.start_soon(self._counts.run)
         timeouts = self._configuration.fetch
         limits = httpx.Timeout(timeouts.read_timeout_s, connect=timeouts.connect_timeout_s)
         async with httpx.AsyncClient(timeout=limits) as client:
@@ -154,7 +155,6 @@ class Housekeeping:
         nursery.start_soon(record.run)
         nursery.start_soon(recheck.run)
         rejected = RejectedPages(self._db, self.blocks, nursery)
-        nursery.start_soon(self._counts.run)
         sizes = ManifestSizes(self._db, self._images)
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:

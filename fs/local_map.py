@@ -5,7 +5,7 @@ from pathlib import Path
 from stratocache.cache import seals
 from stratocache.cache.errors import NotVerified
 from stratocache.fs.offline_plan import is_there
-from stratocache.fs.records import Image
+from stratocache.fs.records import COMPLETE, Image
 
 CELLS_MAX = 256
 
@@ -15,7 +15,7 @@ def local_map(state_dir: Path, image: Image, cells: int) -> list[float]:
 
     Zeros are always here. An image that is complete is not looked at. Looks for a file per chunk.
     """
-    if image.state in ("verified", "withdrawn"):
+    if image.state in COMPLETE:
         return [1.0] * cells
     if image.state != "provisional":
         return [0.0] * cells

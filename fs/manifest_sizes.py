@@ -15,7 +15,7 @@ from stratocache.fs.state import Database
 log = logging.getLogger(__name__)
 
 _UNKNOWN = """
-    SELECT id FROM images WHERE state IN ('provisional', 'verified')
+    SELECT id FROM images WHERE state IN ('provisional', 'verified', 'withdrawn')
         AND id NOT IN (SELECT name FROM manifest_sizes)
     UNION ALL SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
         AND id NOT IN (SELECT name FROM manifest_sizes)
