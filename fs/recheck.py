@@ -67,16 +67,23 @@ class Recheck:
         look_s = min(_LOOK_S, settings.interval_s / 4, max(settings.confirm_s, 1) / 4)
         while True:
             self._woken = trio.Event()
-            for image_id in await trio.to_thread.run_sync(self._due, frozenset(self._noted)):
-                image = await trio.to_thread.run_sync(inventory.find_image, self._db, image_id)
-                if image is not None and image.state in COMPLETE and self._may_ask(image):
-                    try:
-                        await self._ask(image)
-                    except Exception:
-                        log.exception("asking about image %s failed; it is asked again", image_id)
-                    await trio.sleep(settings.pause_s)
+            try:
+                await self._ask_all()
+            except Exception:
+                log.exception("asking catalogues again failed; it is tried again")
             with trio.move_on_after(look_s):
                 await self._woken.wait()
+
+    async def _ask_all(self) -> None:
+        """Ask about every image whose time has come."""
+        for image_id in await trio.to_thread.run_sync(self._due, frozenset(self._noted)):
+            image = await trio.to_thread.run_sync(inventory.find_image, self._db, image_id)
+            if image is not None and image.state in COMPLETE and self._may_ask(image):
+                try:
+                    await self._ask(image)
+                except Exception:  # the others are asked about all the same
+                    log.exception("asking about image %s failed", image_id)
+                await trio.sleep(self._settings.pause_s)
 
     def _may_ask(self, image: Image) -> bool:
         catalogue = image.entry.catalogue
