@@ -90,7 +90,7 @@ def test_withdrawn_images_go_first_unless_they_are_held(make: Callable[..., Keep
         for identifier in (based, taken):
             image = inventory.image(daemon.db, identifier)
             withdrawal.record(daemon.db, image, Standing("taken-back", reason="No."), confirm_s=0)
-        plan = {str(item.image.id): item for item in eviction_plan(host.configuration, daemon.db)}
+        plan = _plan(host)
         assert (plan[taken].order, plan[cold].order, plan[based].order) == (1, 2, None)
         assert await _fetch(daemon, fresh) == "done"
         assert await daemon.read_disk(host_number(daemon, uuid)) == host.shelf.contents[based]
