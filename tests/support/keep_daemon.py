@@ -194,6 +194,8 @@ class KeepDaemon:
         self._rested = trio.Event()
         self._recheck: Recheck | None = None
         self._began = now()
+        self._asked: set[int] = set()
+        """Numbers of images that are, or were, asked about."""
 
     def wake(self) -> None:
         """Let the next pass begin."""
@@ -289,12 +291,14 @@ class KeepDaemon:
         if not self.host.asking or recheck.resting():
             return True
         rows = self.db.rows(
-            "SELECT id FROM images WHERE coalesce(checked_at, '') < ? "
+            "SELECT id, number FROM images WHERE coalesce(checked_at, '') < ? "
             "AND state IN ('verified', 'withdrawn')",
             self._began,
         )
         for row in rows:
-            recheck.note(row["id"])
+            if row["number"] not in self._asked:
+                self._asked.add(row["number"])
+                recheck.note(row["id"])
         return not rows
 
     def _is_at_rest(self) -> bool:

@@ -80,10 +80,12 @@ class KeepingMachine(RuleBasedStateMachine):
 
     # What people want.
 
-    @rule(index=_INDEXES, pin=st.booleans())
-    def fetch(self, index: int, pin: bool) -> None:
-        """Somebody wants an image."""
+    @rule(index=_INDEXES, pin=st.booleans(), at_once=st.booleans())
+    def fetch(self, index: int, pin: bool, at_once: bool) -> None:
+        """Somebody wants an image, and may wait for it."""
         intents.request_fetch(self.host.db, ROOT, self._image(index), pin=pin and index < 2)
+        if at_once:
+            self.live()
 
     @rule(index=_INDEXES, pinned=st.booleans())
     def set_pin(self, index: int, pinned: bool) -> None:
@@ -91,11 +93,13 @@ class KeepingMachine(RuleBasedStateMachine):
         if self._image(index) in self.host.states():
             intents.set_pin(self.host.db, ROOT, self._image(index), pinned and index < 2)
 
-    @rule(index=_INDEXES)
-    def clone(self, index: int) -> None:
-        """Somebody wants a disk of an image."""
+    @rule(index=_INDEXES, at_once=st.booleans())
+    def clone(self, index: int, at_once: bool) -> None:
+        """Somebody wants a disk of an image, and may wait for it."""
         request = DiskRequest(reference=self._image(index))
         self._wish(disk_intents.create_disk(self.host.db, ROOT, request), self._image(index))
+        if at_once:
+            self.live()
 
     @rule(boot=_INDEXES, other=_INDEXES)
     def launch(self, boot: int, other: int) -> None:
@@ -150,8 +154,8 @@ class KeepingMachine(RuleBasedStateMachine):
         else:
             self.shelf.take_away(self._image(index))
 
-    @rule(index=_INDEXES, verdict=st.sampled_from(_VERDICTS))
-    def say(self, index: int, verdict: Verdict) -> None:
+    @rule(index=_INDEXES, verdict=st.sampled_from(_VERDICTS), at_once=st.booleans())
+    def say(self, index: int, verdict: Verdict, at_once: bool) -> None:
         """The catalogue takes an image back, loses it, answers nonsense, or lists it again; mostly
         one that is here."""
         here = list(self.host.states()) or self.images
@@ -159,6 +163,8 @@ class KeepingMachine(RuleBasedStateMachine):
         self.shelf.say(identifier, verdict)
         del self.absences[identifier]
         self._forget_wishes(identifier)
+        if at_once:
+            self.live()
 
     @rule(reachable=st.booleans())
     def reach(self, reachable: bool) -> None:
@@ -308,3 +314,13 @@ def run_histories(machine: type[KeepingMachine], count: int, seed: int, **change
             **changes,
         ),
     )  # fmt: skip
+
+
+def play(history: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Run one history: names of rules with what they are given; raises what the model finds."""
+    machine = KeepingMachine()
+    try:
+        for name, arguments in history:
+            getattr(machine, name)(**arguments)
+    finally:
+        machine.teardown()
