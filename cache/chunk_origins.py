@@ -55,13 +55,14 @@ class Unavailable(Exception):
     """An origin did not give what it was asked for.
 
     `passing`: another attempt may do, after `retry_after_s` if the server said so. `wrong`: it has
-    another file, or lies; it is left alone longer each time. `absent`: it lacks this chunk alone.
+    another file, or lies; it is left alone longer each time. `whole`: as wrong, it has no ranges, but
+    the file may be what is wanted. `absent`: it lacks this chunk alone.
     """
 
     def __init__(
         self,
         reason: str,
-        kind: Literal["passing", "wrong", "absent"] = "passing",
+        kind: Literal["passing", "wrong", "whole", "absent"] = "passing",
         retry_after_s: float = 0.0,
     ) -> None:
         super().__init__(reason)
@@ -148,7 +149,7 @@ class RangeOrigin:
 
     def _judge(self, response: httpx.Response, start: int, end: int) -> None:
         if response.status_code == 200:
-            raise Unavailable("it does not serve ranges", "wrong")
+            raise Unavailable("it does not serve ranges", "whole")
         if response.status_code != 206:
             raise _status(response)
         match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))

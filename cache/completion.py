@@ -1,7 +1,7 @@
 """Completion: brings the rest of an image whose chunks are proven one by one, then proves the whole.
 
 First the boot set, in the order in which a boot read it; then everything else, in order, whenever
-no guest waits. See DEMAND.md.
+no guest waits. What only comes as a stream comes in its order. See DEMAND.md.
 """
 
 import logging
@@ -64,8 +64,11 @@ class Completion:
         while missing := await self._fetcher.missing(reader.name):
             state = _Pass(reader, missing, progress)
             first = set(missing)
-            await self._bring(state, _runs([i for i in boot_set if i in first]), patient=False)
-            await self._bring(state, _runs(sorted(state.missing)), patient=True)
+            if await self._fetcher.probe(reader.name, missing[0]):
+                await self._bring(state, _runs([i for i in boot_set if i in first]), patient=False)
+                await self._bring(state, _runs(sorted(state.missing)), patient=True)
+            else:
+                await self._fetcher.stream(reader.name, state.note_one)
             if not state.missing:
                 continue  # the next look says so
             failures = 0 if len(state.missing) < len(missing) else failures + 1
@@ -128,6 +131,10 @@ class _Pass:
         self._progress = progress
         self._missing_bytes = sum(map(reader.manifest.chunk_bytes, missing))
         self.note([])
+
+    def note_one(self, index: int) -> None:
+        """Take note of a chunk that is here now."""
+        self.note([index])
 
     def note(self, indexes: Sequence[int]) -> None:
         """Take note of chunks that are here now."""

@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 import httpx
 import trio
 
-from stratocache.cache.chunk_origins import ChunkOrigin, Unavailable, Wanted, host_of, origins_of
+from stratocache.cache.chunk_origins import (
+    ChunkOrigin,
+    RangeOrigin,
+    Unavailable,
+    Wanted,
+    host_of,
+    origins_of,
+)
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
@@ -25,6 +32,7 @@ from stratocache.cache.origin import Backoff
 from stratocache.cache.read_ahead import ReadAhead
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import Space
+from stratocache.cache.streaming import Run, Streams
 from stratocache.cache.traffic import READER, Traffic
 
 log = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ _REST_MAX_S = 300.0
 _LACKED_MAX = 3
 """How many chunks in a row a store may lack …"""
 _LACKING_REST_S = 60.0
-"""… until it is left alone for a while: there may be none beside the index at all."""
+"""… until it is left alone for a while, and taken for none: there may be none beside the index."""
 _TRIES = 4
 """How often one that rests is asked all the same while somebody waits for what only it has."""
 
@@ -101,6 +109,18 @@ class _Health:
     lacked: int = 0
     """Chunks in a row that it does not have."""
     rests_until: float = 0.0
+    serves: bool = False
+    """Whether it is known to give single chunks."""
+    vain: int = 0
+    """Requests in a row that brought no chunk."""
+    whole: bool = False
+    """Whether it answered a range by the whole file."""
+
+    def note_success(self) -> None:
+        """Take note of chunks that came."""
+        self.failures = self.vain = self.lacked = 0
+        self.wrongs //= 2
+        self.serves = True
 
 
 class _Host:
@@ -157,6 +177,9 @@ class ChunkFetcher:
         self._room_limiter = trio.CapacityLimiter(1)
         # Apart from trio's own: threads that wait for chunks must not keep chunks from landing.
         self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
+        self._streams = Streams(
+            configuration, images, client, nursery, room, self, self.traffic, self._backoff, quiet_s
+        )
 
     # Now.
 
@@ -231,6 +254,8 @@ class ChunkFetcher:
         while not flight.arrived:
             now = trio.current_time()
             left = [origin for origin in image.origins if origin.location not in done]
+            if flight.patient and self._is_streamed(image):
+                left = [origin for origin in left if self._rests_until(origin) <= now]
             if not left:
                 break
             origin = min(left, key=lambda one: max(now, self._rests_until(one)))
@@ -246,10 +271,23 @@ class ChunkFetcher:
                 reason = f"{origin.location}: {failure}"
                 if failure.kind == "absent" or not flight.patient:
                     done.add(origin.location)
+        if not flight.arrived and flight.patient and self._is_streamed(image):
+            reason = await self._await_stream(flight, image, deadline) or reason
         if not flight.arrived:
             raise OriginFailed(
                 "chunk-unreachable", f"Chunk {wanted.digest.hex()} cannot be fetched ({reason})."
             )
+
+    async def _await_stream(self, flight: _Flight, image: _Image, deadline: float) -> str:
+        """Return when the stream has brought a chunk, or no longer may; say why it failed."""
+        reason = "the stream has not come so far"
+        with trio.move_on_at(deadline):
+            while not flight.arrived:
+                run = self._streams.join(image.entry, image.manifest)
+                await run.ended.wait()
+                if run.error is not None:
+                    reason = run.error.message
+        return reason
 
     # In the background.
 
@@ -310,6 +348,80 @@ class ChunkFetcher:
         for flight in others:
             await flight.landed.wait()
 
+    async def probe(self, image_id: str, index: int) -> bool:
+        """Tell whether an image comes in single chunks, bringing one if that is not known yet.
+
+        Raises as `bring` does. False: what it has is a stream, or nothing.
+        """
+        image = await self._image(image_id)
+        if image is None:
+            return False
+        if any(self._health[origin.location].serves for origin in image.origins):
+            return True
+        return bool(await self.bring(image_id, [index])) or not self._is_streamed(image)
+
+    async def is_streamed(self, image_id: str) -> bool:
+        """Tell whether all of an image's origins have been asked for single chunks in vain."""
+        image = await self._image(image_id)
+        return image is not None and self._is_streamed(image)
+
+    async def start_stream(self, image_id: str) -> str | None:
+        """Begin to read an image's source; return when a first chunk of it is proven, or why not."""
+        run = await self._join(image_id)
+        if run is None:
+            return "it has no source that can be read as a stream"
+        await run.begun.wait()
+        if run.passed:
+            return None
+        return run.error.message if run.error is not None else "its stream was stopped"
+
+    async def stream(self, image_id: str, passed: Callable[[int], None]) -> None:
+        """Read an image's source to its end, telling the index of each chunk that is here then.
+
+        It goes on when the caller is cancelled. Raises what ended it but for `NotVerified` and
+        `OriginFailed`: another time may do.
+        """
+        run = await self._join(image_id)
+        if run is None:
+            return
+        run.notes.append(passed)
+        try:
+            await run.ended.wait()
+        finally:
+            run.notes.remove(passed)
+        if run.error is not None and not isinstance(run.error, (NotVerified, OriginFailed)):
+            raise run.error
+
+    async def _join(self, image_id: str) -> Run | None:
+        image = await self._image(image_id)
+        if image is None or image.gone or image.entry.format != "raw":
+            return None
+        return self._streams.join(image.entry, image.manifest)
+
+    def _is_streamed(self, image: _Image) -> bool:
+        return image.entry.format == "raw" and all(map(self._is_in_vain, image.origins))
+
+    def _is_in_vain(self, origin: ChunkOrigin) -> bool:
+        """Tell whether an origin does not serve single chunks, as far as is known."""
+        health = self._health[origin.location]
+        # a raw file is asked for ranges again after an accident, a store may never come
+        in_vain = health.whole if isinstance(origin, RangeOrigin) else health.vain > 0
+        return in_vain and not health.serves
+
+    def is_awaited(self, digest: bytes) -> bool:
+        """Tell whether somebody waits for a chunk, or fetches it; any thread may ask."""
+        return digest in self._flights
+
+    def passed(self, image_id: str, digest: bytes, new_bytes: int) -> None:
+        """Let those go on who wait for a chunk that a stream has brought."""
+        if new_bytes:
+            self.traffic.arrived(image_id, new_bytes)
+        flight = self._flights.get(digest)
+        if flight is not None:
+            flight.arrived = True
+            self.traffic.asked(flight.reader, new_bytes)
+            self._land(digest, flight)
+
     def expect_reads(self) -> None:
         """Leave the link to a guest that is about to boot."""
         self._quiet_at = max(self._quiet_at, trio.current_time() + self._patience.expect_s)
@@ -335,8 +447,17 @@ class ChunkFetcher:
         image = self._known.pop(image_id, None)
         if image is not None:
             image.gone = True
+            await self._streams.stop(image_id)
             while image.reads:
                 await image.idle.wait()
+
+    async def halt(self, image_id: str) -> None:
+        """End the stream of an image that somebody is about to fetch whole."""
+        await self._streams.stop(image_id)
+
+    async def discard(self, image_id: str) -> None:
+        """Remove what a stream has left of an image that was forgotten."""
+        await self._streams.discard(image_id)
 
     # Both.
 
@@ -374,20 +495,22 @@ class ChunkFetcher:
                 image.idle.set()
                 image.idle = trio.Event()
         self.traffic.requested("ok")
-        health = self._health[origin.location]
-        health.failures = health.lacked = 0
-        health.wrongs //= 2
+        self._health[origin.location].note_success()
         return None
 
     def _note_failure(self, origin: ChunkOrigin, error: Unavailable) -> None:
         health = self._health[origin.location]
+        health.vain += 1
+        health.whole |= error.kind == "whole"
+        if error.kind != "passing" and health.vain >= _LACKED_MAX:
+            health.serves = False
         if error.kind == "absent":
             health.lacked += 1
             if health.lacked < _LACKED_MAX:
                 return
             health.lacked = 0
             rest_s = _LACKING_REST_S
-        elif error.kind == "wrong":
+        elif error.kind != "passing":
             rest_s = min(_REST_MAX_S, _FIRST_REST_S * 2.0**health.wrongs)
             health.wrongs += 1
         else:

@@ -133,7 +133,7 @@ class Fetcher:
             except Exception:
                 await trio.to_thread.run_sync(stage.remove)
                 raise
-        raise _combined(entry, failures)
+        raise combined(entry, failures)
 
     async def remake(self, entry: Entry) -> None:
         """Fetch an image that is here again: chunks that are missing are stored, and its manifest
@@ -207,7 +207,7 @@ class Fetcher:
         if urlsplit(location).scheme == "file":
             with closing(await trio.to_thread.run_sync(open_file, location)) as file:
                 total = os.fstat(file.fileno()).st_size
-                _limit(entry).judge(total, total=True)
+                source_limit(entry).judge(total, total=True)
                 await trio.to_thread.run_sync(stage.create)
 
                 def read_progress(_: int) -> None:
@@ -216,7 +216,7 @@ class Fetcher:
                 made = await self._make(file, entry, stage, read_progress, there)
                 self._traffic.moved(entry.identifier, total)
                 return made
-        continued = await self.http.download(location, stage, _limit(entry), progress)
+        continued = await self.http.download(location, stage, source_limit(entry), progress)
         try:
             return await self._make_from_stage(entry, stage, there)
         except NotVerified as error:
@@ -225,7 +225,7 @@ class Fetcher:
             # The parts may be of two files, or hurt by a power cut; the whole may still be right.
             log.warning("%s was continued and is not verified (%s); again", location, error)
         await trio.to_thread.run_sync(stage.remove)
-        await self.http.download(location, stage, _limit(entry), progress)
+        await self.http.download(location, stage, source_limit(entry), progress)
         return await self._make_from_stage(entry, stage, there)
 
     async def _make_from_stage(
@@ -294,13 +294,13 @@ class Fetcher:
         """Give the decompressed source to `sink`; return its digests once all are as promised."""
         algorithms = {"sha256", *(a for a in ALGORITHMS if a in entry.digests)}
         chunks = chunks_of(
-            decompressed(source, entry.compression), entry.size_bytes, overlong=_overlong(entry)
+            decompressed(source, entry.compression), entry.size_bytes, overlong=overlong(entry)
         )
         size_bytes, digests = await ingest(
             chunks, sink, algorithms, limiter=self._limiter, progress=progress
         )
         if size_bytes != entry.size_bytes:
-            raise _wrong_size(f"{size_bytes}", entry)
+            raise wrong_size(f"{size_bytes}", entry)
         for algorithm in ALGORITHMS:
             expected = entry.digests.get(algorithm, "").lower()
             if expected and digests[algorithm] != expected:
@@ -336,14 +336,16 @@ def _other_image(entry: Entry) -> NotVerified:
     )
 
 
-def _limit(entry: Entry) -> SizeLimit:
+def source_limit(entry: Entry) -> SizeLimit:
+    """Return how long the file at a location of an entry may be."""
     if entry.compression == "none":
         return SizeLimit(entry.size_bytes, exact=True)
     # No compressor makes its input more than a tenth longer.
     return SizeLimit(entry.size_bytes * 11 // 10 + _COMPRESSED_MARGIN_BYTES, exact=False)
 
 
-def _wrong_size(got: str, entry: Entry) -> NotVerified:
+def wrong_size(got: str, entry: Entry) -> NotVerified:
+    """Return the error for a source of another size than promised."""
     return NotVerified(
         "size-mismatch",
         f"The source has {got} bytes, the entry promises {entry.size_bytes}; the location serves "
@@ -351,9 +353,10 @@ def _wrong_size(got: str, entry: Entry) -> NotVerified:
     )
 
 
-def _overlong(entry: Entry) -> NotVerified:
+def overlong(entry: Entry) -> NotVerified:
+    """Return the error for a source that holds more than promised."""
     if entry.compression == "none":
-        return _wrong_size(f"more than {entry.size_bytes}", entry)
+        return wrong_size(f"more than {entry.size_bytes}", entry)
     return NotVerified(
         "decompression-bomb",
         f"The {entry.compression} source decompresses to more than the {entry.size_bytes} bytes "
@@ -361,7 +364,7 @@ def _overlong(entry: Entry) -> NotVerified:
     )
 
 
-def _combined(entry: Entry, failures: list[tuple[str, StratocacheError]]) -> StratocacheError:
+def combined(entry: Entry, failures: list[tuple[str, StratocacheError]]) -> StratocacheError:
     """Return one error that names every location; the gravest kind gives class and code."""
     if not failures:
         return NotFound("location-not-found", f"Image {entry.identifier} has no location.")

@@ -84,7 +84,7 @@ class _StartOver(_Passing):
 
 
 class HttpOrigin:
-    """Downloads from HTTP(S) locations into stages."""
+    """Downloads from HTTP(S) locations into stages, appending `piece_bytes` or more at a time."""
 
     def __init__(
         self,
@@ -93,8 +93,11 @@ class HttpOrigin:
         space: CacheSpace,
         backoff: Backoff,
         traffic: Traffic | None = None,
+        *,
+        piece_bytes: int = _BUFFER_BYTES,
     ) -> None:
         self._client = client
+        self._piece_bytes = piece_bytes
         self._attempts = settings.attempts
         self._space = space
         self._backoff = backoff
@@ -174,7 +177,7 @@ class HttpOrigin:
                             self._traffic.moved(stage.directory.name, len(data))
                         limit.judge(received, total=False)
                         buffer += data
-                        if len(buffer) >= _BUFFER_BYTES:
+                        if len(buffer) >= self._piece_bytes:
                             await self._append(stage, buffer)
                             progress(received, begun.length_bytes)
                     except (StratocacheError, OSError) as error:

@@ -92,6 +92,7 @@ class EntryOrigins:
 
     async def _remake(self, entry: Entry, remaking: _Remaking) -> None:
         try:
+            await self._chunks.halt(entry.identifier)
             await self._fetcher.remake(entry)
             await self._take_back(entry.identifier)
         except StratocacheError as error:

@@ -337,8 +337,12 @@ class Acquisition:
         named = named_manifests(self._db)
         for identifier in set(self._images.identifiers()) - named:
             self._images.remove(identifier)
-        fetching = {image.id for image in inventory.images(self._db) if image.state == "fetching"}
-        self._fetcher.sweep(fetching, published_manifests(self._db))
+        coming = {
+            image.id
+            for image in inventory.images(self._db)
+            if image.state in ("fetching", "provisional")
+        }
+        self._fetcher.sweep(coming, published_manifests(self._db))
 
 
 def _unusable(image: Image) -> StratocacheError:

@@ -94,7 +94,7 @@ class _CacheCheck:
         self._await(incomplete)
         self._check_manifests(published)
         if self._stopped:
-            self._account(named, self._fetching())
+            self._account(named, self._coming())
         else:
             self._report.notes.append("The daemon runs: leftovers were not looked for.")
             for room in ROOMS:
@@ -117,13 +117,14 @@ class _CacheCheck:
             with suppress(FileNotFoundError, NotVerified):
                 self._awaited.update(seals.read_manifest(self._state_dir, name).stored())
 
-    def _fetching(self) -> set[str]:
-        """Return the images that are being fetched."""
+    def _coming(self) -> set[str]:
+        """Return the images that are on their way, whose downloads have a reason."""
         if not self._database.exists():
             return set()
         db = Database(self._database)
         with closing(db):
-            return {row["id"] for row in db.rows("SELECT id FROM images WHERE state = 'fetching'")}
+            rows = db.rows("SELECT id FROM images WHERE state IN ('fetching', 'provisional')")
+            return {row["id"] for row in rows}
 
     def _check_manifests(self, published: set[str]) -> None:
         manifests = self._state_dir / "manifests"
@@ -185,7 +186,7 @@ class _CacheCheck:
         name = digest.hex()
         return self._state_dir / "chunks" / name[0] / name[1] / name
 
-    def _account(self, named: set[str], fetching: set[str]) -> None:
+    def _account(self, named: set[str], coming: set[str]) -> None:
         """Find a reason for every file; what has none is a leak."""
         self._account_chunks()
         for room, suffix in (("manifests", seals.SUFFIX), ("seals", "")):
@@ -198,7 +199,7 @@ class _CacheCheck:
         for path in sorted((self._state_dir / "stage").glob("*")):
             size_bytes = _tree_bytes(path)
             # those of disks are `disk check`'s
-            if path.name in fetching or path.name.startswith(_DISK_STAGE):
+            if path.name in coming or path.name.startswith(_DISK_STAGE):
                 self._count("stage", size_bytes)
             else:
                 self._leak("stage", "stray-stage", path, size_bytes)

@@ -120,11 +120,14 @@ class ProvisionalImages:
         await trio.to_thread.run_sync(self._images.publish, identifier, manifest)
         missing = await self._fetcher.missing(identifier)
         if missing and not await self._fetcher.bring(identifier, missing[:1]):
-            await self._fetcher.forget(identifier)
-            await trio.to_thread.run_sync(self._images.remove, identifier)
-            reason = "no origin gives single chunks"
-            await trio.to_thread.run_sync(self._note_unusable, identifier, reason)
-            return False
+            reason: str | None = "no origin gives single chunks"
+            if await self._fetcher.is_streamed(identifier):
+                reason = await self._fetcher.start_stream(identifier)
+            if reason is not None:
+                await self._fetcher.forget(identifier)
+                await trio.to_thread.run_sync(self._images.remove, identifier)
+                await trio.to_thread.run_sync(self._note_unusable, identifier, reason)
+                return False
         missing_bytes = sum(map(manifest.chunk_bytes, missing))
         await trio.to_thread.run_sync(
             self._record_landing, entry, manifest, missing_bytes, interest
@@ -205,6 +208,7 @@ class ProvisionalImages:
             task.scope.cancel()
             await task.stopped.wait()
         await self._fetcher.forget(image_id)
+        await self._fetcher.discard(image_id)
         await self.boot_sets.stop_learning(image_id)
         await trio.to_thread.run_sync(self.boot_sets.forget, image_id)
 
@@ -268,6 +272,7 @@ class ProvisionalImages:
     async def _reject(self, image: Image, error: StratocacheError) -> None:
         await self._fetcher.forget(image.id)
         with trio.CancelScope(shield=True):
+            await self._fetcher.discard(image.id)
             await trio.to_thread.run_sync(self._record_rejected, image, error)
             await trio.to_thread.run_sync(self._images.quarantine, image.id)
 

@@ -1,6 +1,8 @@
 """Images that are served before they are complete: landing, completion, rejection, recovery."""
 
+import gzip
 import hashlib
+import os
 import sqlite3
 import threading
 from collections import Counter
@@ -143,14 +145,17 @@ def test_a_fetch_waits_for_the_whole(host: Host) -> None:
     assert account.complete_in_s == 0
 
 
-@pytest.mark.parametrize("fault", ["digest", "absent", "no-ranges"])
+@pytest.mark.parametrize("fault", ["digest", "absent", "other-image"])
 def test_an_index_that_is_no_use_costs_nothing_but_time(host: Host, fault: str) -> None:
-    """With a forged or missing index, or an origin without ranges, the image is fetched whole."""
+    """With a forged or missing index, or another image's, the image is fetched whole."""
     _publish(host, sha256="0" * 64 if fault == "digest" else None)
     if fault == "absent":
         del host.origin.resources["/image.caibx"]
-    if fault == "no-ranges":
-        host.resource.faults.extend([Fault(ignore_range=True)] * 20)
+    if fault == "other-image":
+        other = bytes(len(IMAGE) - 1) + b"!"
+        index = index_of(other, host.folder)
+        _publish(host, sha256=hashlib.sha256(index).hexdigest())
+        host.origin.add("/image.caibx", index)
     _launch(host)
 
     async def script(operations: Operations) -> None:
@@ -161,6 +166,85 @@ def test_an_index_that_is_no_use_costs_nothing_but_time(host: Host, fault: str) 
     assert inventory.image(host.db, IDENTIFIER).state == "verified"
     assert "image.index-unusable" in _events(host)
     assert host.images.reader(IDENTIFIER).read_blocking(0, len(IMAGE)) == IMAGE
+
+
+def _stream(host: Host, held: Fault | None = None) -> bytes:
+    """Offer the image compressed, without a chunk store; return what is served."""
+    packed = gzip.compress(IMAGE, 1)
+    host.resource.data = packed
+    if held is not None:
+        host.resource.faults.append(held)
+    _publish(host, compression="gz")
+    return packed
+
+
+def test_a_compressed_image_is_launched_while_it_flows(host: Host) -> None:
+    """With an index the first chunk that has passed is enough; the source leaves its origin once."""
+    held = Fault(cut_after_bytes=len(IMAGE) // 2, hold=threading.Event())
+    packed = _stream(host, held)
+    _launch(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        assert inventory.image(host.db, IDENTIFIER).state == "provisional"
+        assert await host.images.reader(IDENTIFIER).read(0, 4096) == IMAGE[:4096]
+        assert held.hold is not None
+        held.hold.set()
+        await _state(host, "verified")
+
+    host.run(script)
+
+    assert host.origin.sent_bytes("/image") == len(packed)
+    assert host.images.reader(IDENTIFIER).read_blocking(0, len(IMAGE)) == IMAGE
+    assert os.listdir(host.configuration.state_dir / "stage") == []
+
+
+def test_a_stream_survives_a_death(host: Host) -> None:
+    """The next process asks for the rest of the source only, and the launch stands."""
+    held = Fault(cut_after_bytes=len(IMAGE) // 2, hold=threading.Event())
+    packed = _stream(host, held)
+    _launch(host)
+
+    async def die(operations: Operations) -> None:
+        await _recorded(host)
+
+    host.run(die)
+    assert held.hold is not None
+    held.hold.set()
+    assert cache_check.check(host.configuration).leaks == []
+    kept_bytes = (
+        (host.configuration.state_dir / "stage" / IDENTIFIER / "source.part").stat().st_size
+    )
+    host.origin.log.clear()
+    host.images = type(host.images)(host.configuration.state_dir, host.chunks)
+
+    async def go_on(operations: Operations) -> None:
+        await _state(host, "verified")
+
+    host.run(go_on)
+
+    assert 0 < kept_bytes < len(packed)
+    assert host.origin.sent_bytes("/image") == len(packed) - kept_bytes
+
+
+def test_a_stream_that_nobody_wants_any_more_leaves_nothing(host: Host) -> None:
+    """Deleting an image in the middle of its stream ends the download and removes what came."""
+    held = Fault(cut_after_bytes=len(IMAGE) // 2, hold=threading.Event())
+    _stream(host, held)
+    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+
+    async def script(operations: Operations) -> None:
+        await _state(host, "provisional")
+        intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
+        await operations.look()
+        await _state(host, "deleting")
+        assert host.provisional is not None and held.hold is not None
+        await host.provisional.stop(IDENTIFIER)
+        held.hold.set()
+        await trio.to_thread.run_sync(host.images.remove, IDENTIFIER)
+        assert host.leftovers() == []
+
+    host.run(script)
 
 
 def test_a_process_that_died_has_its_image_completed_by_the_next(host: Host) -> None:
