@@ -13,11 +13,12 @@ import trio
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.entry import Entry
-from stratocache.cache.errors import NotVerified, OriginFailed
+from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.fetch import ALGORITHMS, FetchedImage
 from stratocache.cache.images import ImageReader, ImageStore
 from stratocache.cache.ingestion import Batch, ingest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.streaming import CHUNK_MISMATCH
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +56,37 @@ class Completion:
         """
         reader = await self._images.open_reader(entry.identifier)
         await self._fill(reader, boot_set, progress)
+        await trio.to_thread.run_sync(self._publish, entry.identifier)
         found = await self._prove(reader, entry)
         await trio.to_thread.run_sync(self._images.chunks.sync)
         return found
+
+    def _publish(self, identifier: str) -> None:
+        """Give an image that has grown to its end its manifest."""
+        growing = self._images.growing(identifier)
+        if growing is not None:
+            self._images.publish(identifier, growing.manifest())
 
     async def _fill(self, reader: ImageReader, boot_set: Sequence[int], progress: Progress) -> None:
         failures = 0
         while missing := await self._fetcher.missing(reader.name):
             state = _Pass(reader, missing, progress)
             first = set(missing)
+            failure = None
             if await self._fetcher.probe(reader.name, missing[0]):
                 await self._bring(state, _runs([i for i in boot_set if i in first]), patient=False)
                 await self._bring(state, _runs(sorted(state.missing)), patient=True)
             else:
-                await self._fetcher.stream(reader.name, state.note_one)
+                failure = await self._fetcher.stream(reader.name, state.note_one)
             if not state.missing:
                 continue  # the next look says so
             failures = 0 if len(state.missing) < len(missing) else failures + 1
+            if failures >= self._attempts and self._is_another(reader.name, failure):
+                raise NotVerified(
+                    "image-rejected",
+                    f"What origins serve as image {reader.name} is not what they served at first "
+                    "and nothing proved: it was another image.",
+                )
             if failures >= self._attempts:
                 raise OriginFailed(
                     "origin-failed",
@@ -80,6 +95,11 @@ class Completion:
                 )
             await trio.sleep(self._backoff.pause_s(failures + 1, 0))
         progress(reader.size_bytes, reader.size_bytes)
+
+    def _is_another(self, identifier: str, failure: StratocacheError | None) -> bool:
+        """Tell whether an image that grows cannot be what was served of it."""
+        mismatch = failure is not None and failure.code == CHUNK_MISMATCH
+        return mismatch and self._images.growing(identifier) is not None
 
     async def _bring(self, state: "_Pass", runs: Iterator[list[int]], *, patient: bool) -> None:
         """Bring runs of chunks, several at a time; the first failure is raised bare."""
@@ -127,9 +147,10 @@ class _Pass:
 
     def __init__(self, reader: ImageReader, missing: Sequence[int], progress: Progress) -> None:
         self.reader = reader
+        self._manifest = reader.manifest
         self.missing = set(missing)
         self._progress = progress
-        self._missing_bytes = sum(map(reader.manifest.chunk_bytes, missing))
+        self._missing_bytes = sum(map(self._manifest.chunk_bytes, missing))
         self.note([])
 
     def note_one(self, index: int) -> None:
@@ -139,7 +160,7 @@ class _Pass:
     def note(self, indexes: Sequence[int]) -> None:
         """Take note of chunks that are here now."""
         for index in self.missing.intersection(indexes):
-            self._missing_bytes -= self.reader.manifest.chunk_bytes(index)
+            self._missing_bytes -= self._manifest.chunk_bytes(index)
         self.missing.difference_update(indexes)
         size_bytes = self.reader.size_bytes
         self._progress(size_bytes - self._missing_bytes, size_bytes)

@@ -26,13 +26,14 @@ from stratocache.cache.chunk_origins import (
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
-from stratocache.cache.images import ImageStore
+from stratocache.cache.growing import GrowingManifest
+from stratocache.cache.images import UNKNOWN_DIGEST, ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
 from stratocache.cache.read_ahead import ReadAhead
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import Space
-from stratocache.cache.streaming import Run, Streams
+from stratocache.cache.streaming import Place, Run, Streams
 from stratocache.cache.traffic import READER, Traffic
 
 log = logging.getLogger(__name__)
@@ -70,13 +71,18 @@ class _Image:
     """An image that chunks can be fetched of."""
 
     entry: Entry
-    manifest: Manifest
+    manifest: Manifest | GrowingManifest
     origins: list[ChunkOrigin]
     ahead: ReadAhead
     gone: bool = False
     reads: int = 0
     """Requests that are under way."""
     idle: trio.Event = field(default_factory=trio.Event)
+
+    def key(self, index: int) -> bytes:
+        """Return what a flight of a chunk goes by: its digest, or its place while that is unknown."""
+        digest = self.manifest.digest(index)
+        return digest if digest != UNKNOWN_DIGEST else _place_key(self.entry.identifier, index)
 
     def wanted(self, index: int) -> Wanted:
         return Wanted(index, self.manifest.digest(index), self.manifest.chunk_bytes(index))
@@ -209,16 +215,16 @@ class ChunkFetcher:
         self.traffic.waited(name, READER.get(), wait_s)
 
     async def _demand(self, image: _Image, index: int, *, patient: bool) -> None:
-        digest = image.manifest.digest(index)
         self._asking += 1
         try:
             with trio.move_on_after(self.timeout_s):
                 while True:
-                    flight = self._flights.get(digest)
+                    key = image.key(index)
+                    flight = self._flights.get(key)
                     if flight is None:
                         flight = _Flight(reader=READER.get(), patient=patient, demand=True)
-                        self._flights[digest] = flight
-                        self._nursery.start_soon(self._fly, flight, image, index)
+                        self._flights[key] = flight
+                        self._nursery.start_soon(self._fly, flight, image, index, key)
                     await flight.landed.wait()
                     if flight.arrived:
                         return
@@ -229,23 +235,23 @@ class ChunkFetcher:
             self._quiet_at = max(self._quiet_at, trio.current_time() + self._patience.quiet_s)
         raise OriginFailed(
             "chunk-unreachable",
-            f"Chunk {digest.hex()} did not come within {self.timeout_s:g} s; check the origins.",
+            f"Chunk {index} of {image.entry.identifier} did not come within {self.timeout_s:g} s; "
+            "check the origins.",
         )
 
-    async def _fly(self, flight: _Flight, image: _Image, index: int) -> None:
+    async def _fly(self, flight: _Flight, image: _Image, index: int, key: bytes) -> None:
         """Bring one chunk, from whichever origin gives it first."""
-        digest = image.manifest.digest(index)
         try:
-            flight.arrived = await self._is_there(digest)
+            flight.arrived = await self._is_there(image.manifest.digest(index))
             if not flight.arrived:
                 await self._obtain(flight, image, image.wanted(index))
         except (StratocacheError, OSError) as error:
             flight.error = error
         except Exception as error:
-            log.exception("fetching chunk %s failed", digest.hex())
+            log.exception("fetching chunk %d of %s failed", index, image.entry.identifier)
             flight.error = error
         finally:
-            self._land(digest, flight)
+            self._land(key, flight)
 
     async def _obtain(self, flight: _Flight, image: _Image, wanted: Wanted) -> None:
         deadline = trio.current_time() + self.timeout_s
@@ -275,7 +281,8 @@ class ChunkFetcher:
             reason = await self._await_stream(flight, image, deadline) or reason
         if not flight.arrived:
             raise OriginFailed(
-                "chunk-unreachable", f"Chunk {wanted.digest.hex()} cannot be fetched ({reason})."
+                "chunk-unreachable",
+                f"Chunk {wanted.index} of {image.entry.identifier} cannot be fetched ({reason}).",
             )
 
     async def _await_stream(self, flight: _Flight, image: _Image, deadline: float) -> str:
@@ -375,22 +382,24 @@ class ChunkFetcher:
             return None
         return run.error.message if run.error is not None else "its stream was stopped"
 
-    async def stream(self, image_id: str, passed: Callable[[int], None]) -> None:
+    async def stream(
+        self, image_id: str, passed: Callable[[int], None]
+    ) -> NotVerified | OriginFailed | None:
         """Read an image's source to its end, telling the index of each chunk that is here then.
 
-        It goes on when the caller is cancelled. Raises what ended it but for `NotVerified` and
-        `OriginFailed`: another time may do.
+        It goes on when the caller is cancelled. Returns what another time may mend, raises all else.
         """
         run = await self._join(image_id)
         if run is None:
-            return
+            return None
         run.notes.append(passed)
         try:
             await run.ended.wait()
         finally:
             run.notes.remove(passed)
-        if run.error is not None and not isinstance(run.error, (NotVerified, OriginFailed)):
-            raise run.error
+        if run.error is None or isinstance(run.error, (NotVerified, OriginFailed)):
+            return run.error
+        raise run.error
 
     async def _join(self, image_id: str) -> Run | None:
         image = await self._image(image_id)
@@ -408,19 +417,20 @@ class ChunkFetcher:
         in_vain = health.whole if isinstance(origin, RangeOrigin) else health.vain > 0
         return in_vain and not health.serves
 
-    def is_awaited(self, digest: bytes) -> bool:
+    def is_awaited(self, place: Place) -> bool:
         """Tell whether somebody waits for a chunk, or fetches it; any thread may ask."""
-        return digest in self._flights
+        return any(key in self._flights for key in _keys(place))
 
-    def passed(self, image_id: str, digest: bytes, new_bytes: int) -> None:
+    def passed(self, place: Place, new_bytes: int) -> None:
         """Let those go on who wait for a chunk that a stream has brought."""
         if new_bytes:
-            self.traffic.arrived(image_id, new_bytes)
-        flight = self._flights.get(digest)
-        if flight is not None:
-            flight.arrived = True
-            self.traffic.asked(flight.reader, new_bytes)
-            self._land(digest, flight)
+            self.traffic.arrived(place.image_id, new_bytes)
+        for key in _keys(place):
+            flight = self._flights.get(key)
+            if flight is not None:
+                flight.arrived = True
+                self.traffic.asked(flight.reader, new_bytes)
+                self._land(key, flight)
 
     def expect_reads(self) -> None:
         """Leave the link to a guest that is about to boot."""
@@ -456,7 +466,7 @@ class ChunkFetcher:
         await self._streams.stop(image_id)
 
     async def discard(self, image_id: str) -> None:
-        """Remove what a stream has left of an image that was forgotten."""
+        """Remove what streams have left of an image that was forgotten."""
         await self._streams.discard(image_id)
 
     # Both.
@@ -550,6 +560,9 @@ class ChunkFetcher:
         if entry is None:
             return None
         # shared with the image's readers: a manifest is large
+        growing = self._images.growing(image_id)
+        if isinstance(growing, GrowingManifest):
+            return _Image(entry, growing, [])  # nothing proves a chunk that comes by itself
         manifest = self._images.reader(image_id).manifest
         origins = origins_of(entry, manifest.size_bytes, self._client, self._timeout)
         return _Image(entry, manifest, origins, ReadAhead(manifest.chunk_count))
@@ -569,6 +582,14 @@ class ChunkFetcher:
         return await trio.to_thread.run_sync(
             self._images.chunks.__contains__, digest, limiter=self._limiter
         )
+
+
+def _place_key(image_id: str, index: int) -> bytes:
+    return f"{image_id}/{index}".encode()
+
+
+def _keys(place: Place) -> tuple[bytes, bytes]:
+    return place.digest, _place_key(place.image_id, place.index)
 
 
 def _runs(indexes: Sequence[int], run_max: int) -> Iterator[list[int]]:

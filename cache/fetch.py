@@ -120,7 +120,7 @@ class Fetcher:
         `image-too-large`).
         """
         self._images.manifest_path(entry.identifier)
-        self._judge(entry)
+        judge(entry, self._image_bytes_max)
         stage = self._stage(entry.identifier)
         failures: list[tuple[str, StratocacheError]] = []
         for location in self._ordered(entry, stage):
@@ -186,20 +186,6 @@ class Fetcher:
         source = stage.load()
         known = source.location if source else None
         return sorted(entry.locations, key=lambda location: location != known)
-
-    def _judge(self, entry: Entry) -> None:
-        if not _STRONG & entry.digests.keys():
-            raise Refused(
-                "digest-too-weak",
-                "The entry has neither a SHA-256 nor a SHA-512 digest, so nothing proves its "
-                "image; ask the endorser for one that has.",
-            )
-        if entry.size_bytes > self._image_bytes_max:
-            raise NotVerified(
-                "image-too-large",
-                f"The entry promises {entry.size_bytes} bytes, over the limit of "
-                f"{self._image_bytes_max}; raise fetch.max_image_bytes if that is intended.",
-            )
 
     async def _fetch_from(
         self, location: str, entry: Entry, stage: Stage, progress: Progress, there: Manifest | None
@@ -327,6 +313,25 @@ class Fetcher:
                 sink(batch)
 
         return guarded
+
+
+def judge(entry: Entry, image_bytes_max: int) -> None:
+    """Refuse what could not be proven, before anything is asked of the network.
+
+    Raises `Refused` (`digest-too-weak`), `NotVerified` (`image-too-large`).
+    """
+    if not _STRONG & entry.digests.keys():
+        raise Refused(
+            "digest-too-weak",
+            "The entry has neither a SHA-256 nor a SHA-512 digest, so nothing proves its "
+            "image; ask the endorser for one that has.",
+        )
+    if entry.size_bytes > image_bytes_max:
+        raise NotVerified(
+            "image-too-large",
+            f"The entry promises {entry.size_bytes} bytes, over the limit of "
+            f"{image_bytes_max}; raise fetch.max_image_bytes if that is intended.",
+        )
 
 
 def _other_image(entry: Entry) -> NotVerified:

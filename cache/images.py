@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MANIFEST_FAULTS = frozenset({"manifest-invalid", "image-not-found"})
 """Codes of what `ImageStore.reader` raises when the manifest may be had again."""
+UNKNOWN_DIGEST = bytes(DIGEST_BYTES)
+"""In place of a digest: of a chunk that has not flowed past yet."""
 _OPENINGS_MAX = 3
 """How often a chunk is mended for one read before the read fails."""
 _SWEEP_SHARDS = 16
@@ -64,6 +66,24 @@ class Supplier(Protocol):
         """Take note that the running task waited for a chunk of the manifest `name`."""
 
 
+class Growing(Protocol):
+    """An image whose manifest is not known yet; see `stratocache.cache.growing`."""
+
+    def stored(self) -> Iterable[bytes]:
+        """Return the digests known so far."""
+
+    def manifest(self) -> Manifest:
+        """Return the manifest, whole once all digests are known."""
+
+    def reader(
+        self, chunks: ChunkStore, gate: "OpeningGate", name: str, counts: "ReadCounts"
+    ) -> "ImageReader":
+        """Return what reads it."""
+
+    def close(self) -> None:
+        """Let go of its files."""
+
+
 class ImageReader:
     """Reads one published image. Shared by all who read it; made by `ImageStore.reader`.
 
@@ -80,7 +100,7 @@ class ImageReader:
         counts: ReadCounts,
     ) -> None:  # fmt: skip
         self.counts = counts
-        self.manifest = manifest
+        self._manifest = manifest
         self.name = name
         self.size_bytes = manifest.size_bytes
         self._digests = manifest.digests
@@ -89,6 +109,11 @@ class ImageReader:
         self._zero = zero_digest(CHUNK_BYTES)
         last = manifest.chunk_count - 1
         self._zero_last = last if last >= 0 and manifest.is_zero(last) else -1
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the image's chunks are."""
+        return self._manifest
 
     def chunk(self, index: int) -> bytes | None:
         """Return the digest of a chunk, or None when it is all zeros and thus not stored."""
@@ -354,6 +379,15 @@ class OpeningGate:
         assert self.supplier is not None
         return self.supplier
 
+    async def supply(self, digest: bytes, name: str, index: int) -> None:
+        """Let the supplier bring a chunk, as soon as it is there, and count what that takes."""
+        started = trio.current_time()
+        supplier = await self._expected()
+        try:
+            await supplier.supply(name, index, digest)
+        finally:
+            supplier.waited(name, trio.current_time() - started)
+
     async def supply_manifest(self, name: str) -> None:
         """Let the supplier bring a manifest, as soon as it is there."""
         await (await self._expected()).supply_manifest(name)
@@ -436,6 +470,7 @@ class ImageStore:
         self._gate = OpeningGate(chunks)
         self._lock = threading.Lock()
         self._drafts: list[Draft] = []
+        self._growing: dict[str, Growing] = {}
         self._readers: WeakValueDictionary[str, ImageReader] = WeakValueDictionary()
         self.reads: defaultdict[str, ReadCounts] = defaultdict(ReadCounts)
         """By name of the manifest; they outlive its readers."""
@@ -486,14 +521,34 @@ class ImageStore:
         """
         with self._lock:
             reader = self._readers.get(identifier)
+            growing = self._growing.get(identifier)
         if reader is None:
-            made = ImageReader(
-                self.manifest(identifier), self.chunks, self._gate, identifier,
-                self.reads[identifier],
-            )  # fmt: skip
+            counts = self.reads[identifier]
+            if growing is not None:
+                made = growing.reader(self.chunks, self._gate, identifier, counts)
+            else:
+                made = ImageReader(
+                    self.manifest(identifier), self.chunks, self._gate, identifier, counts
+                )
             with self._lock:
                 reader = self._readers.setdefault(identifier, made)
         return reader
+
+    def grow(self, identifier: str, growing: Growing) -> None:
+        """Let an image be read whose manifest is not known yet, until `publish` or `remove`."""
+        with self._lock:
+            self._growing[identifier] = growing
+
+    def growing(self, identifier: str) -> Growing | None:
+        """Return an image that grows, None for another name."""
+        with self._lock:
+            return self._growing.get(identifier)
+
+    def _grown(self, identifier: str) -> None:
+        with self._lock:
+            growing = self._growing.pop(identifier, None)
+        if growing is not None:
+            growing.close()
 
     def expect_supplier(self) -> None:
         """Let whoever cannot read something wait for the supplier, which will be set in this loop."""
@@ -533,7 +588,8 @@ class ImageStore:
         """Return the manifest that an open reader has, which was whole when it was read."""
         with self._lock:
             reader = self._readers.get(identifier)
-        return None if reader is None else reader.manifest
+            growing = identifier in self._growing
+        return None if reader is None or growing else reader.manifest
 
     def copy_to_quarantine(self, identifier: str) -> None:
         """Keep a damaged manifest for whoever looks into it; absent is fine.
@@ -572,6 +628,7 @@ class ImageStore:
             reader = self._readers.get(identifier)
             if reader is not None and reader.manifest != manifest:
                 del self._readers[identifier]
+        self._grown(identifier)
 
     def finish(self, draft: Draft) -> None:
         """Forget a draft whose manifest has been published."""
@@ -589,11 +646,14 @@ class ImageStore:
         A crash in between leaves chunks that `sweep` removes. The caller has made sure that
         nobody reads the image. Raises `NotFound` (`image-not-found`).
         """
+        growing = self.growing(identifier)
         try:
-            candidates = set(self.manifest(identifier).stored())
+            known = growing if growing is not None else self.manifest(identifier)
+            candidates = set(known.stored())
         except NotVerified as error:
             log.warning("removing image %s without its chunks: %s", identifier, error)
             candidates = set()
+        self._grown(identifier)
         self.manifest_path(identifier).unlink(missing_ok=True)
         fsync_directory(self._directory)
         seals.remove(self._state_dir, identifier)
@@ -606,7 +666,9 @@ class ImageStore:
 
         Returns how many went. Raises `NotFound`, `NotVerified`.
         """
-        candidates = set(self.manifest(identifier).stored())
+        growing = self.growing(identifier)
+        known = growing if growing is not None else self.manifest(identifier)
+        candidates = set(known.stored())
         with self.chunks.condemned(candidates):
             for other in self.identifiers():
                 if other != identifier:
@@ -653,7 +715,7 @@ class ImageStore:
         with self.chunks.condemned(candidates):
             # Drafts before manifests: a draft that is published meanwhile is found as a manifest.
             with self._lock:
-                drafts: Collection[Draft] = tuple(self._drafts)
+                drafts: Collection[Draft | Growing] = (*self._drafts, *self._growing.values())
             for draft in drafts:
                 candidates.difference_update(draft.stored())
             try:

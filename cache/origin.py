@@ -130,7 +130,7 @@ class HttpOrigin:
                         "origin-failed", f"{error} ({failures} attempts); try again later."
                     ) from None
                 if isinstance(error, _StartOver):
-                    await trio.to_thread.run_sync(stage.remove)
+                    await trio.to_thread.run_sync(stage.drop)
                 log.info("%s: %s; trying again", location, error)
                 await trio.sleep(self._backoff.pause_s(failures, error.retry_after_s))
 

@@ -4,11 +4,13 @@ stage/IDENTIFIER/source.json    which location the next file is of, and how to c
 stage/IDENTIFIER/source.part    bytes of the source as served
 stage/IDENTIFIER/container      a decompressed qcow2 file
 stage/IDENTIFIER/image          the raw image converted from it
+stage/IDENTIFIER/digests        what has flowed past of an image without an index (growing)
 """
 
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class Stage:
         self.source = directory / "source.part"
         self.container = directory / "container"
         self.image = directory / "image"
+        self.digests = directory / "digests"
         self._record = directory / "source.json"
 
     def create(self) -> None:
@@ -44,6 +47,13 @@ class Stage:
     def remove(self) -> None:
         """Remove the directory and all in it; nothing there is fine."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def drop(self) -> None:
+        """Remove what has been downloaded, and the directory when nothing else is in it."""
+        for path in (self.source, self._record):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.directory.rmdir()
 
     def restart(self, source: Source) -> None:
         """Begin a download from its first byte: record what it is, empty the file."""

@@ -80,7 +80,7 @@ class Stream:
                 return
             log.info("%s changed while it was read; it is read again", location)
         except NotVerified as error:
-            await trio.to_thread.run_sync(self._stage.remove)
+            await trio.to_thread.run_sync(self._stage.drop)
             if not continued:
                 raise
             # The parts may be of two files, or hurt by a power cut; the whole may still be right.

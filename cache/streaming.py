@@ -1,5 +1,6 @@
-"""Streams of images whose chunks are known by an index: each image's source is read by one task at
-a time, and every chunk that passes is compared with its digest and stored, whoever waits for it.
+"""Streams: each image's source is read by one task at a time, and every chunk that passes is stored,
+whoever waits for it, after it was compared with its digest in the image's index, or, without one,
+with what it was when it first came.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import trio
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import Internal, NoSpace, NotVerified, StratocacheError
+from stratocache.cache.growing import GrowingManifest
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff, HttpOrigin
@@ -25,6 +27,8 @@ from stratocache.cache.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
+CHUNK_MISMATCH = "chunk-mismatch"
+"""Code of the error for a stream of another image."""
 _PIECE_BYTES = 128 * 1024
 """Written and read at a time: less than a whole fetch does, as guests wait for it."""
 
@@ -32,11 +36,20 @@ _PIECE_BYTES = 128 * 1024
 class Awaiting(Protocol):
     """Who knows which chunks somebody waits for; belongs to the trio loop."""
 
-    def is_awaited(self, digest: bytes) -> bool:
+    def is_awaited(self, place: "Place") -> bool:
         """Tell whether somebody waits for a chunk; any thread may ask."""
 
-    def passed(self, image_id: str, digest: bytes, new_bytes: int) -> None:
+    def passed(self, place: "Place", new_bytes: int) -> None:
         """Take note that a chunk is in the store, `new_bytes` of it since now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One chunk of an image, and what it is."""
+
+    image_id: str
+    index: int
+    digest: bytes
 
 
 @dataclass
@@ -87,7 +100,7 @@ class Streams:
         self._runs: dict[str, Run] = {}
         self._failures: dict[str, int] = {}
 
-    def join(self, entry: Entry, manifest: Manifest) -> Run:
+    def join(self, entry: Entry, manifest: Manifest | GrowingManifest) -> Run:
         """Return the run of an image that is under way, else start one.
 
         After runs that failed it begins by a pause.
@@ -113,7 +126,7 @@ class Streams:
     def _stage(self, image_id: str) -> Stage:
         return Stage(self._stages / image_id)
 
-    async def _run(self, entry: Entry, manifest: Manifest, run: Run) -> None:
+    async def _run(self, entry: Entry, manifest: Manifest | GrowingManifest, run: Run) -> None:
         identifier = entry.identifier
         try:
             with run.scope:
@@ -133,7 +146,7 @@ class Streams:
             run.begun.set()
             run.ended.set()
 
-    async def _stream(self, entry: Entry, manifest: Manifest, run: Run) -> None:
+    async def _stream(self, entry: Entry, manifest: Manifest | GrowingManifest, run: Run) -> None:
         self._downloads.room = self._room.room
         keeper = _Keeper(self, entry, manifest, run)
         stage = self._stage(entry.identifier)
@@ -143,33 +156,35 @@ class Streams:
         ).run()
         if keeper.refusal is not None:
             raise keeper.refusal  # the stage stays, so the next run costs no download
-        await trio.to_thread.run_sync(stage.remove)
+        await trio.to_thread.run_sync(stage.drop)
 
-    def store(self, digest: bytes, data: bytes, *, full: bool) -> bool:
+    def store(self, place: "Place", data: bytes, *, full: bool) -> bool:
         """Store a chunk; tell whether it was new. Runs in a thread.
 
         For one that somebody waits for the reserve alone is left, others ask for room; when there
         is none already (`full`) they ask in vain, so `NoSpace` is raised at once.
         """
-        if digest in self._chunks:
+        if place.digest in self._chunks:
             return False
-        if self._awaiting.is_awaited(digest):
+        if self._awaiting.is_awaited(place):
             self._space.require(len(data))
         elif full:
             raise NoSpace("no-space", "The cache is full.")
         else:
             self._room.obtain_blocking(len(data))
-        return self._chunks.put(digest, data)
+        return self._chunks.put(place.digest, data)
 
-    def note(self, image_id: str, digest: bytes, new_bytes: int) -> None:
+    def note(self, place: "Place", new_bytes: int) -> None:
         """Tell the one who knows who waits."""
-        self._awaiting.passed(image_id, digest, new_bytes)
+        self._awaiting.passed(place, new_bytes)
 
 
 class _Keeper:
     """Verifies and stores the chunks of one run."""
 
-    def __init__(self, streams: Streams, entry: Entry, manifest: Manifest, run: Run) -> None:
+    def __init__(
+        self, streams: Streams, entry: Entry, manifest: Manifest | GrowingManifest, run: Run
+    ) -> None:
         self._streams = streams
         self._identifier = entry.identifier
         self._manifest = manifest
@@ -179,32 +194,39 @@ class _Keeper:
 
     def keep(self, index: int, data: bytes) -> None:
         """Take one chunk; raises `NotVerified` (`chunk-mismatch`) and `OSError`. Runs in a thread."""
-        manifest = self._manifest
-        if index >= manifest.chunk_count or len(data) != manifest.chunk_bytes(index):
-            raise _mismatch(index)
-        digest = manifest.digest(index)
-        if hashlib.sha256(data).digest() != digest:
-            raise _mismatch(index)
+        place = Place(self._identifier, index, self._judge(index, data))
         new = False
-        if not manifest.is_zero(index):
+        if not self._manifest.is_zero(index):
             try:
-                new = self._streams.store(digest, data, full=self.refusal is not None)
+                new = self._streams.store(place, data, full=self.refusal is not None)
             except NoSpace as error:
                 # the stream goes on: what a guest waits for may be further on
                 self.refusal = self.refusal or error
                 return
-        trio.from_thread.run_sync(self._note, index, digest, len(data) if new else 0)
+        trio.from_thread.run_sync(self._note, place, len(data) if new else 0)
 
-    def _note(self, index: int, digest: bytes, new_bytes: int) -> None:
+    def _judge(self, index: int, data: bytes) -> bytes:
+        """Return the digest of a chunk that is what it must be."""
+        manifest = self._manifest
+        if index >= manifest.chunk_count or len(data) != manifest.chunk_bytes(index):
+            raise _mismatch(index)
+        digest = hashlib.sha256(data).digest()
+        if isinstance(manifest, GrowingManifest) and not manifest.knows(index):
+            manifest.learn(index, digest)  # before it is stored: removal looks at what is known
+        if digest != manifest.digest(index):
+            raise _mismatch(index)
+        return digest
+
+    def _note(self, place: Place, new_bytes: int) -> None:
         self._run.passed += 1
         self._run.new_bytes += new_bytes
         self._run.begun.set()
-        self._streams.note(self._identifier, digest, new_bytes)
+        self._streams.note(place, new_bytes)
         for note in self._run.notes:
-            note(index)
+            note(place.index)
 
 
 def _mismatch(index: int) -> NotVerified:
     return NotVerified(
-        "chunk-mismatch", f"Chunk {index} of the stream is not what the index says; it was dropped."
+        CHUNK_MISMATCH, f"Chunk {index} of the stream is not what it must be; it was dropped."
     )

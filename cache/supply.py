@@ -8,7 +8,7 @@ import trio
 
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.errors import NotFound, NotVerified
-from stratocache.cache.images import ImageStore
+from stratocache.cache.images import UNKNOWN_DIGEST, ImageStore
 from stratocache.cache.repair import Repairer
 
 Awaited = Callable[[str], Sequence[str]]
@@ -39,7 +39,9 @@ class Supply:
     async def supply(self, name: str, index: int, digest: bytes) -> None:
         """Return when a chunk is in the store; raises what `ChunkFetcher.fetch` or the repair does,
         and `NotVerified` for a manifest that nobody may read."""
-        place = await trio.to_thread.run_sync(self._find, name, digest, limiter=self._limiter)
+        place = await trio.to_thread.run_sync(
+            self._find, name, index, digest, limiter=self._limiter
+        )
         if place is not None:
             await self._fetcher.fetch(*place)
         else:
@@ -47,7 +49,9 @@ class Supply:
 
     async def supply_manifest(self, name: str) -> None:
         """Return when a manifest can be read again; raises what the repair does."""
-        await (await self._begun()).supply_manifest(name)
+        repairer = await self._begun()
+        if self._images.growing(name) is None:  # else a process that died was reading it
+            await repairer.supply_manifest(name)
 
     def waited(self, name: str, wait_s: float) -> None:
         """Count what the running task waited for a chunk."""
@@ -58,11 +62,16 @@ class Supply:
         assert self._repairer is not None
         return self._repairer
 
-    def _find(self, name: str, digest: bytes) -> tuple[str, int] | None:
+    def _find(self, name: str, index: int, digest: bytes) -> tuple[str, int] | None:
         """Return where a chunk is that has not come yet: an image, and the index there."""
-        for image_id in self._awaited(name):
+        awaited = self._awaited(name)
+        if digest == UNKNOWN_DIGEST:
+            if name not in awaited:
+                raise NotVerified("chunk-missing", f"Image {name} does not come any more.")
+            return name, index
+        for image_id in awaited:
             with suppress(NotFound, NotVerified):
-                index = self._images.reader(image_id).manifest.index_of(digest)
-                if index is not None:
-                    return image_id, index
+                place = self._images.reader(image_id).manifest.index_of(digest)
+                if place is not None:
+                    return image_id, place
         return None

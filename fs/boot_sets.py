@@ -51,7 +51,7 @@ class BootSets:
     def load(self, image_id: str) -> list[int]:
         """Return the chunks of an image's boot set, none when it has none that is any use."""
         try:
-            size_bytes = self._images.manifest(image_id).size_bytes
+            size_bytes = self._images.reader(image_id).size_bytes
             return bootset.decode(bootset.read(self.path(image_id)), size_bytes)
         except FileNotFoundError:
             return []

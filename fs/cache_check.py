@@ -17,9 +17,11 @@ from pathlib import Path
 
 from stratocache.cache import seals
 from stratocache.cache.chunkindex import INCOMING
+from stratocache.cache.chunks import DIGEST_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
 from stratocache.cache.manifest import Manifest
+from stratocache.cache.stage import Stage
 from stratocache.fs import pool
 from stratocache.fs.disk_check import daemon_kept_away
 from stratocache.fs.disk_repair import Finding, removal
@@ -93,6 +95,8 @@ class _CacheCheck:
         named, published, incomplete = self._names()
         self._await(incomplete)
         self._check_manifests(published)
+        for name in incomplete:
+            self._needed = self._grown(name) | self._needed
         if self._stopped:
             self._account(named, self._coming())
         else:
@@ -125,6 +129,20 @@ class _CacheCheck:
         with closing(db):
             rows = db.rows("SELECT id FROM images WHERE state IN ('fetching', 'provisional')")
             return {row["id"] for row in rows}
+
+    def _grown(self, name: str) -> dict[bytes, int]:
+        """Return the chunks, with their sizes, of an image whose manifest is still growing."""
+        record = Stage(self._state_dir / "stage" / name).digests
+        try:
+            content = record.read_bytes()
+        except FileNotFoundError:
+            return {}
+        digests = {content[i : i + DIGEST_BYTES] for i in range(0, len(content), DIGEST_BYTES)}
+        found = {}
+        for digest in digests:
+            with suppress(FileNotFoundError):
+                found[digest] = self._chunk_path(digest).lstat().st_size
+        return found
 
     def _check_manifests(self, published: set[str]) -> None:
         manifests = self._state_dir / "manifests"

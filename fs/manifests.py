@@ -21,7 +21,10 @@ _PUBLISHED = """
     SELECT id AS name FROM images WHERE state IN ('provisional', 'verified', 'withdrawn')
     UNION SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
     UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL AND form = 'overlay'
+    EXCEPT SELECT id FROM images
+        WHERE state = 'provisional' AND json_extract(entry, '$.index') IS NULL
 """
+# (an image without an index has its manifest when all of it has flowed past)
 
 
 _INCOMPLETE = "SELECT id FROM images WHERE state IN ('fetching', 'provisional', 'rejected')"

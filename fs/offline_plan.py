@@ -39,13 +39,14 @@ def weaknesses(configuration: Configuration, db: Database) -> Iterator[Weakness]
         if image.state not in READABLE:
             yield Weakness(holding, f"it is {image.state}", 0, image.entry.size_bytes)
             continue
+        complete = image.state in COMPLETE
+        reason = "chunks are missing" if complete else "it is not complete yet"
         try:
             manifest = seals.read_manifest(configuration.state_dir, image.id)
         except (FileNotFoundError, NotVerified):
-            yield Weakness(holding, "its manifest is damaged or gone", 0, image.size_bytes or 0)
+            gone = "its manifest is damaged or gone" if complete else reason
+            yield Weakness(holding, gone, 0, image.size_bytes or 0)
             continue
-        complete = image.state in COMPLETE
-        reason = "chunks are missing" if complete else "it is not complete yet"
         missing = list(_missing(configuration.state_dir, manifest))
         if missing:
             missing_bytes = sum(map(manifest.chunk_bytes, missing))

@@ -1,13 +1,16 @@
 """Images that are served before they are complete: every chunk is proven, the whole is not yet.
 
 An image whose entry endorses a chunk index *lands* as soon as that index has been checked and one
-origin has given a chunk by it. From then on it can be cloned and attached; what a guest reads comes
-on demand. A task per provisional image brings the rest and compares the whole with its entry:
-then it is verified, or rejected. cache/DEMAND.md has the states and the order of the steps.
+origin has given a chunk by it, or its stream has. From then on it can be cloned and attached; what a
+guest reads comes on demand. One without an index lands too where the policy for its endorser allows
+it; what has flowed past of it *grows* into its manifest. A task per provisional image brings the rest
+and compares the whole with its entry: then it is verified, or rejected. cache/DEMAND.md has the states
+and the order of the steps.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,9 +30,12 @@ from stratocache.cache.errors import (
     Refused,
     StratocacheError,
 )
-from stratocache.cache.fetch import FetchedImage
+from stratocache.cache.fetch import FetchedImage, judge
+from stratocache.cache.growing import GrowingManifest
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
+from stratocache.cache.provisional_policy import provisional_allowed
+from stratocache.cache.stage import Stage
 from stratocache.fs import inventory, records
 from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.intents import add_operation
@@ -89,6 +95,7 @@ class ProvisionalImages:
         nursery: trio.Nursery,
         wake: Callable[[], None],
     ) -> None:
+        self._configuration = configuration
         self._settings = configuration.fetch
         self._db = db
         self._images = images
@@ -106,12 +113,32 @@ class ProvisionalImages:
     async def land(self, entry: Entry, interest: Interest) -> bool:
         """Make an image that is being fetched servable now; return False when it must come whole.
 
-        When no operation waits for its completion one is added, to be seen and cancelled. Raises `NoSpace` and `OSError`.
+        When no operation waits for its completion one is added, to be seen and cancelled. Raises
+        `NoSpace`, `OSError`, and for an image without an index what `judge` does.
         """
-        if entry.index is None or entry.format != "raw":
-            return False
         identifier = entry.identifier
+        if entry.format != "raw":
+            return False
         await self._fetcher.forget(identifier)  # another entry may have been tried before
+        landed = False
+        try:
+            if entry.index is not None:
+                landed = await self._land_proven(entry, interest)
+            elif provisional_allowed(self._configuration, entry):
+                landed = await self._land_growing(entry, interest)
+        finally:
+            if not landed:
+                with trio.CancelScope(shield=True):
+                    await self._fetcher.forget(identifier)
+                    await trio.to_thread.run_sync(self._take_back, identifier)
+        if landed:
+            self.look()
+            self._wake()
+        return landed
+
+    async def _land_proven(self, entry: Entry, interest: Interest) -> bool:
+        """Land an image whose every chunk its index proves."""
+        identifier = entry.identifier
         try:
             manifest = await read_index(entry, self._client, self._settings)
         except (NotVerified, NotFound, Refused, OriginFailed) as error:
@@ -124,17 +151,38 @@ class ProvisionalImages:
             if await self._fetcher.is_streamed(identifier):
                 reason = await self._fetcher.start_stream(identifier)
             if reason is not None:
-                await self._fetcher.forget(identifier)
-                await trio.to_thread.run_sync(self._images.remove, identifier)
                 await trio.to_thread.run_sync(self._note_unusable, identifier, reason)
                 return False
         missing_bytes = sum(map(manifest.chunk_bytes, missing))
+        dedup_bytes = max(0, _stored_bytes(manifest) - missing_bytes)
         await trio.to_thread.run_sync(
-            self._record_landing, entry, manifest, missing_bytes, interest
+            self._record_landing, entry, dedup_bytes, interest, "each chunk is verified"
         )
-        self.look()
-        self._wake()
         return True
+
+    async def _land_growing(self, entry: Entry, interest: Interest) -> bool:
+        """Land an image of which nothing is proven before all of it is here."""
+        identifier = entry.identifier
+        judge(entry, self._settings.max_image_bytes)
+        await trio.to_thread.run_sync(self._grow, entry)
+        reason = await self._fetcher.start_stream(identifier)
+        if reason is not None:
+            log.warning("image %s is fetched whole: %s", identifier, reason)
+            return False
+        await trio.to_thread.run_sync(
+            self._record_landing, entry, 0, interest, "nothing of it is proven yet"
+        )
+        return True
+
+    def _grow(self, entry: Entry) -> None:
+        record = Stage(self._configuration.state_dir / "stage" / entry.identifier).digests
+        self._images.grow(entry.identifier, GrowingManifest(entry.size_bytes, record))
+
+    def _take_back(self, identifier: str) -> None:
+        """Remove what an image had that does not land now; what was downloaded stays."""
+        with suppress(NotFound):
+            self._images.remove(identifier)
+        Stage(self._configuration.state_dir / "stage" / identifier).digests.unlink(missing_ok=True)
 
     def _note_unusable(self, identifier: str, reason: str) -> None:
         log.warning("image %s is fetched whole: %s", identifier, reason)
@@ -145,17 +193,16 @@ class ProvisionalImages:
             )  # fmt: skip
 
     def _record_landing(
-        self, entry: Entry, manifest: Manifest, missing_bytes: int, interest: Interest
+        self, entry: Entry, dedup_bytes: int, interest: Interest, proof: str
     ) -> None:
         identifier = entry.identifier
-        stored_bytes = _stored_bytes(manifest)
         with self._db.transaction() as connection:
             connection.execute(
                 "UPDATE images SET state = 'provisional', size_bytes = ? "
                 "WHERE id = ? AND state = 'fetching'",
-                (manifest.size_bytes, identifier),
+                (entry.size_bytes, identifier),
             )
-            self._record.begin(connection, identifier, max(0, stored_bytes - missing_bytes))
+            self._record.begin(connection, identifier, dedup_bytes)
             if not interest.followed:
                 reference = f"{entry.catalogue}:{identifier}"
                 add_operation(
@@ -163,7 +210,7 @@ class ProvisionalImages:
                 )
             record_event(
                 connection, "image.provisional", identifier,
-                f"Image {identifier} is served; each chunk is verified, the rest of it follows.",
+                f"Image {identifier} is served; {proof}, the rest of it follows.",
             )  # fmt: skip
 
     # Completion.
@@ -240,6 +287,7 @@ class ProvisionalImages:
             boot_set = await trio.to_thread.run_sync(self.boot_sets.load, image.id)
             found = await self._completion.complete(image.entry, boot_set, progress)
             await trio.to_thread.run_sync(self._record_verified, found)
+            await self._fetcher.discard(image.id)
         except StratocacheError as error:
             attempt.error = error
         except Exception as error:
@@ -291,7 +339,13 @@ class ProvisionalImages:
                 )  # fmt: skip
 
     def sweep(self) -> None:
-        """At start, end what a crash left half done of a rejection. Blocks."""
+        """At start, take up images that grow, and end what a crash left half done of a rejection.
+        Blocks."""
+        for row in self._db.rows("SELECT * FROM images WHERE state = 'provisional'"):
+            image = records.image_from(row)
+            there = self._images.manifest_path(image.id).exists()
+            if image.entry.index is None and not there and self._images.growing(image.id) is None:
+                self._grow(image.entry)
         for row in self._db.rows("SELECT id FROM images WHERE state = 'rejected'"):
             try:
                 self._images.quarantine(row["id"])

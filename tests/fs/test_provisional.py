@@ -247,6 +247,124 @@ def test_a_stream_that_nobody_wants_any_more_leaves_nothing(host: Host) -> None:
     host.run(script)
 
 
+def _allow(host: Host) -> None:
+    """Let images be launched before anything of them is proven."""
+    [catalogue] = host.configuration.catalogues.values()
+    allowing = catalogue.model_copy(update={"provisional": "allow"})
+    changes = {"catalogues": {"stratuslab": allowing}}
+    host.configuration = host.configuration.model_copy(update=changes)
+
+
+def _launch_unproven(host: Host) -> Operation:
+    request = LaunchRequest(IDENTIFIER, "vm1", provisional=True)
+    return intents.request_launch(host.db, ROOT_CALLER, request)
+
+
+@pytest.mark.parametrize("compression", ["none", "gz"])
+def test_an_image_without_an_index_is_served_as_it_flows(host: Host, compression: str) -> None:
+    """Where that is allowed, a clone reads what has come, waits for the rest, and all is proven."""
+    _allow(host)
+    packed = IMAGE if compression == "none" else gzip.compress(IMAGE, 1)
+    host.resource.data = packed
+    held = Fault(cut_after_bytes=len(packed) // 2, hold=threading.Event())
+    host.resource.faults.append(held)
+    host.publish(compression=compression)
+    _launch_unproven(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        assert inventory.image(host.db, IDENTIFIER).state == "provisional"
+        reader = host.images.reader(IDENTIFIER)
+        assert await reader.read(100, 4096) == IMAGE[100:4196]
+        assert cache_check.check(host.configuration).faults == []
+        late: list[bytes | bytearray] = []
+
+        async def wait(offset: int) -> None:
+            late.append(await reader.read(offset, 4096))
+
+        def block() -> None:
+            late.append(reader.read_blocking(8 * CHUNK_BYTES, 4096))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, 8 * CHUNK_BYTES)
+            nursery.start_soon(wait, 8 * CHUNK_BYTES)
+            nursery.start_soon(trio.to_thread.run_sync, block)
+            assert await reader.read(CHUNK_BYTES - 9, 18) == IMAGE[CHUNK_BYTES - 9 :][:18]
+            assert late == []
+            assert held.hold is not None
+            held.hold.set()
+        assert late == [IMAGE[8 * CHUNK_BYTES :][:4096]] * 3
+        await _state(host, "verified")
+        assert await reader.read(0, len(IMAGE)) == IMAGE
+
+    host.run(script)
+
+    assert host.origin.sent_bytes("/image") == len(packed)
+    assert host.images.reader(IDENTIFIER).manifest == manifest_of(IMAGE)
+    assert os.listdir(host.configuration.state_dir / "stage") == []
+
+
+def test_an_image_that_was_served_unproven_and_is_wrong_is_rejected(host: Host) -> None:
+    """When the whole digest disagrees, what was served goes to quarantine and the disk is fenced."""
+    _allow(host)
+    host.publish(digests={"SHA-512": "1" * 128})
+    host.resource.faults.append(Fault(cut_after_bytes=len(IMAGE) // 2))
+    _launch_unproven(host)
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        await _state(host, "rejected")
+        quarantine = host.configuration.state_dir / "quarantine"
+        await _until(lambda: quarantine.exists() and len(os.listdir(quarantine)) == CHUNKS)
+        with pytest.raises(NotVerified) as refused:
+            await host.images.reader(IDENTIFIER).read(0, 1)
+        assert refused.value.code == "image-rejected"
+
+    host.run(script)
+
+    [disk] = inventory.disks(host.db, ROOT_CALLER)
+    assert inventory.is_fenced(host.db, disk)
+    assert list(_chunk_files(host)) == []
+
+
+@pytest.mark.parametrize("change", ["none", "image"])
+def test_what_was_served_unproven_stays_what_it_was(host: Host, change: str) -> None:
+    """After a death the chunks that guests saw are read again; another image is never proven."""
+    _allow(host)
+    held = Fault(cut_after_bytes=len(IMAGE) // 2, hold=threading.Event())
+    first = IMAGE if change == "none" else bytes(CHUNK_BYTES - 1) + b"!" + IMAGE[CHUNK_BYTES:]
+    host.resource.data = first
+    host.resource.faults.append(held)
+    host.publish()
+    _launch_unproven(host)
+
+    async def die(operations: Operations) -> None:
+        await _recorded(host)
+        assert await host.images.reader(IDENTIFIER).read(0, CHUNK_BYTES) == first[:CHUNK_BYTES]
+
+    host.run(die)
+    assert held.hold is not None
+    held.hold.set()
+    here = set(_chunk_files(host))
+    report = cache_check.check(host.configuration)
+    assert report.faults == report.leaks == []
+    host.resource.data, host.resource.etag = IMAGE, '"other"'
+    host.images = type(host.images)(host.configuration.state_dir, host.chunks)
+
+    async def go_on(operations: Operations) -> None:
+        assert here <= set(_chunk_files(host))
+        if change == "none":
+            assert await host.images.reader(IDENTIFIER).read(0, 10) == IMAGE[:10]
+            await _state(host, "verified")
+        else:
+            await _state(host, "rejected")
+
+    host.run(go_on)
+
+    fenced = [inventory.is_fenced(host.db, disk) for disk in inventory.disks(host.db, ROOT_CALLER)]
+    assert fenced == [change == "image"]
+
+
 def test_a_process_that_died_has_its_image_completed_by_the_next(host: Host) -> None:
     """What came before a death is kept: no chunk is fetched twice, and the launch stands."""
     _publish(host)
