@@ -102,7 +102,8 @@ def build_metadata(
     """Measure IMAGE and write its unsigned metadata.
 
     Size and digests are those of the decompressed image. Without --output the file is named
-    os-osversion-arch-type-version.xml. With --index a host can launch before it has the image.
+    os-osversion-arch-type-version.xml. With --index a host can launch before it has the image;
+    that of a qcow2 file is made of the raw image that it was converted from.
     """
     words["locations"] = words.pop("location")
     words["compression"] = words["compression"] or publication.compression_of(image)
@@ -113,7 +114,9 @@ def build_metadata(
     target = output or Path(_default_name(description))
     measurement = publication.measure(image, md5=md5)
     if index is not None or index_file is not None:
-        description = replace(description, index=_index(image, index, index_file, measurement))
+        size_bytes = publication.disk_bytes(image) if description.format == "qcow2" else None
+        endorsed = _index(image, index, index_file, measurement, size_bytes)
+        description = replace(description, index=endorsed)
     data = publication.build_metadata(measurement, description, created=publication.now())
     publication.write(target, data)
     identifier = constraints.check(document.parse_one(data), allow_unendorsed=True).identifier
@@ -129,14 +132,15 @@ def build_metadata(
 
 
 def _index(
-    image: Path, url: str | None, path: Path | None, measurement: publication.Measurement
-) -> EndorsedIndex:
+    image: Path, url: str | None, path: Path | None, measurement: publication.Measurement,
+    size_bytes: int | None,
+) -> EndorsedIndex:  # fmt: skip
     if url is None:
         raise InvalidInput("index-url-missing", "Give --index, the URL of the file, too.")
     if path is None:
         name = image.name if publication.compression_of(image) == "none" else image.stem
         path = image.with_name(f"{name}.caibx")
-    return publication.endorsed_index(url, path, measurement)
+    return publication.endorsed_index(url, path, measurement, size_bytes=size_bytes)
 
 
 @marketplace.command("index")

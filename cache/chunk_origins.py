@@ -16,7 +16,6 @@ import trio
 import zstandard
 
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotFound, OriginFailed, Refused, StratocacheError
 from stratocache.cache.location import beside_index
 from stratocache.cache.origin import (
@@ -104,18 +103,6 @@ def store_url(index_url: str) -> str:
     return beside_index(index_url, _STORE_SUFFIX) or urlunsplit(default)
 
 
-def origins_of(
-    entry: Entry, size_bytes: int, client: httpx.AsyncClient, timeout: httpx.Timeout
-) -> list[ChunkOrigin]:
-    """Return where single chunks of an image may be read; none when only the whole can be."""
-    found: list[ChunkOrigin] = []
-    if entry.index is not None:
-        found.append(CastrOrigin(store_url(entry.index.url), client, timeout))
-    if entry.format == "raw" and entry.compression == "none":
-        found += [RangeOrigin(url, size_bytes, client, timeout) for url in entry.locations]
-    return found
-
-
 class RangeOrigin:
     """The raw image itself, read in ranges: `http`, `https` or `file`."""
 
@@ -141,24 +128,11 @@ class RangeOrigin:
         pieces = _Pieces(wanted, deliver, moved)
 
         def judge(response: httpx.Response) -> None:
-            self._judge(response, start, end)
+            _judge_range(response, start, end, self._image_bytes)
 
         await _receive(self._client, self.location, headers, self._timeout, judge, pieces.take)
         if pieces.received_bytes != end - start:
             raise Unavailable(f"it sent {pieces.received_bytes} of {end - start} bytes")
-
-    def _judge(self, response: httpx.Response, start: int, end: int) -> None:
-        if response.status_code == 200:
-            raise Unavailable("it does not serve ranges", "whole")
-        if response.status_code != 206:
-            raise _status(response)
-        match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if match is None or [int(text) for text in match.groups()] != [
-            start,
-            end - 1,
-            self._image_bytes,
-        ]:
-            raise Unavailable("it sends another range, or has another file", "wrong")
 
     async def _read_file(self, wanted: Sequence[Wanted], deliver: Deliver, moved: Moved) -> None:
         for item in wanted:
@@ -171,6 +145,39 @@ class RangeOrigin:
     def _read_piece(self, item: Wanted) -> bytes:
         with _local_errors(), closing(open_file(self.location)) as file:
             return os.pread(file.fileno(), item.size_bytes, item.index * CHUNK_BYTES)
+
+
+async def read_range(
+    client: httpx.AsyncClient, location: str, start: int, size_bytes: int, file_bytes: int,
+    limits: httpx.Timeout, moved: Moved,
+) -> bytes:  # fmt: skip
+    """Return a range of a file of `file_bytes`; raises `Unavailable`."""
+    data = bytearray()
+
+    async def take(piece: bytes) -> None:
+        moved(len(piece))
+        data.extend(piece)
+        if len(data) > size_bytes:
+            raise Unavailable("it sends more than was asked for", "wrong")
+
+    def judge(response: httpx.Response) -> None:
+        _judge_range(response, start, start + size_bytes, file_bytes)
+
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{start + size_bytes - 1}"}
+    await _receive(client, location, headers, limits, judge, take)
+    if len(data) != size_bytes:
+        raise Unavailable(f"it sent {len(data)} of {size_bytes} bytes")
+    return bytes(data)
+
+
+def _judge_range(response: httpx.Response, start: int, end: int, file_bytes: int) -> None:
+    if response.status_code == 200:
+        raise Unavailable("it does not serve ranges", "whole")
+    if response.status_code != 206:
+        raise _status(response)
+    match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match is None or [int(text) for text in match.groups()] != [start, end - 1, file_bytes]:
+        raise Unavailable("it sends another range, or has another file", "wrong")
 
 
 class CastrOrigin:

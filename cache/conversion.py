@@ -7,7 +7,6 @@ Source: QEMU, docs/interop/qcow2.txt; qemu-img(1); prlimit(1).
 
 import json
 import signal
-import struct
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
@@ -15,13 +14,8 @@ from subprocess import DEVNULL
 import trio
 
 from stratocache.cache.errors import NoSpace, NotVerified, StratocacheError
+from stratocache.cache.qcow2 import HEADER_BYTES, backing_error, format_error, judge_header
 from stratocache.cache.space import Space, no_space
-
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_FEATURES = struct.Struct(">Q")
-_INCOMPATIBLE_DIRTY, _COMPRESSION_TYPE, _EXTENDED_L2 = 1, 8, 16
-_FEATURES_ACCEPTED = _INCOMPATIBLE_DIRTY | _COMPRESSION_TYPE | _EXTENDED_L2
-_FEATURE_EXTERNAL_DATA = 4
 
 _MEMORY_BYTES = 2 * 1024**3
 _INSPECT_CPU_S = 10
@@ -50,16 +44,16 @@ async def inspect(container: Path, *, image_bytes_max: int) -> int:
             )  # fmt: skip
         facts = json.loads(report.read_text(encoding="utf-8"))
     except ValueError:
-        raise _format_error("qemu-img describes it at too great a length") from None
+        raise format_error("qemu-img describes it at too great a length") from None
     finally:
         report.unlink(missing_ok=True)
     specific = facts.get("format-specific", {}).get("data", {})
     if "backing-filename" in facts or "data-file" in specific:
-        raise _backing_error()
+        raise backing_error()
     if facts.get("encrypted"):
-        raise _format_error("it is encrypted")
+        raise format_error("it is encrypted")
     if facts.get("virtual-size") != size_bytes:
-        raise _format_error("qemu-img reads another virtual size than the header has")
+        raise format_error("qemu-img reads another virtual size than the header has")
     return size_bytes
 
 
@@ -85,7 +79,7 @@ async def convert(container: Path, image: Path, *, size_bytes: int, space: Space
     if failures:
         raise failures[0]
     if (await trio.Path(image).stat()).st_size != size_bytes:
-        raise _format_error("it converts to another size than its header says")
+        raise format_error("it converts to another size than its header says")
 
 
 async def _watch_space(
@@ -125,38 +119,5 @@ async def _qemu_img(
 
 
 def _judge_header(container: Path, image_bytes_max: int) -> int:
-    """Return the virtual size from a qcow2 header without obstacles."""
     with container.open("rb") as file:
-        header = file.read(104)
-    if len(header) < _HEADER.size or header[:4] != b"QFI\xfb":
-        raise _format_error("it does not begin as qcow2 does")
-    _, version, backing_offset, backing_bytes, _, size_bytes, crypt, *_ = _HEADER.unpack_from(
-        header
-    )
-    if version not in (2, 3):
-        raise _format_error(f"qcow2 version {version} is unknown")
-    features = _FEATURES.unpack_from(header, 72)[0] if version == 3 and len(header) == 104 else 0
-    if backing_offset or backing_bytes or features & _FEATURE_EXTERNAL_DATA:
-        raise _backing_error()
-    if crypt:
-        raise _format_error("it is encrypted")
-    if features & ~_FEATURES_ACCEPTED:
-        raise _format_error(f"it needs features {features:#x}")
-    if size_bytes > image_bytes_max:
-        raise NotVerified(
-            "image-too-large",
-            f"The qcow2 image claims a disk of {size_bytes} bytes, over the limit of "
-            f"{image_bytes_max}; raise fetch.max_image_bytes if that is intended.",
-        )
-    return int(size_bytes)
-
-
-def _format_error(fault: str) -> NotVerified:
-    return NotVerified("image-format", f"The source is not a usable qcow2 image: {fault}.")
-
-
-def _backing_error() -> NotVerified:
-    return NotVerified(
-        "image-backing-file",
-        "The qcow2 image refers to another file; publish it flattened (qemu-img convert).",
-    )
+        return judge_header(file.read(HEADER_BYTES), image_bytes_max=image_bytes_max).size_bytes

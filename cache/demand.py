@@ -16,12 +16,13 @@ import httpx
 import trio
 
 from stratocache.cache.chunk_origins import (
+    CastrOrigin,
     ChunkOrigin,
     RangeOrigin,
     Unavailable,
     Wanted,
     host_of,
-    origins_of,
+    store_url,
 )
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
@@ -30,6 +31,7 @@ from stratocache.cache.growing import GrowingManifest
 from stratocache.cache.images import UNKNOWN_DIGEST, ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.qcow2_origin import Qcow2Origin
 from stratocache.cache.read_ahead import ReadAhead
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import Space
@@ -204,7 +206,7 @@ class ChunkFetcher:
                 "chunk-missing",
                 f"Chunk {index} of {image_id} is not in the store and no image has an origin for it.",
             )
-        if patient:
+        if patient and not self._is_streamed(image):
             ahead = image.ahead.wanted(index)
             if ahead:
                 self._nursery.start_soon(self._bring_ahead, image, ahead)
@@ -562,10 +564,26 @@ class ChunkFetcher:
         # shared with the image's readers: a manifest is large
         growing = self._images.growing(image_id)
         if isinstance(growing, GrowingManifest):
-            return _Image(entry, growing, [])  # nothing proves a chunk that comes by itself
+            # nothing proves a chunk that comes by itself
+            return _Image(entry, growing, [], ReadAhead(growing.chunk_count))
         manifest = self._images.reader(image_id).manifest
-        origins = origins_of(entry, manifest.size_bytes, self._client, self._timeout)
+        origins = self._origins(entry, manifest.size_bytes)
         return _Image(entry, manifest, origins, ReadAhead(manifest.chunk_count))
+
+    def _origins(self, entry: Entry, size_bytes: int) -> list[ChunkOrigin]:
+        """Return where single chunks of an image may be read; none when only the whole can be."""
+        client, timeout = self._client, self._timeout
+        found: list[ChunkOrigin] = []
+        if entry.index is not None:
+            found.append(CastrOrigin(store_url(entry.index.url), client, timeout))
+        if entry.compression != "none":
+            return found
+        for location in entry.locations:
+            if entry.format == "raw":
+                found.append(RangeOrigin(location, size_bytes, client, timeout))
+            elif entry.index is not None and not location.startswith("file:"):
+                found.append(Qcow2Origin(location, entry.size_bytes, size_bytes, client, timeout))
+        return found
 
     async def _missing(self, image: _Image, indexes: Sequence[int]) -> list[int]:
         def look() -> list[int]:

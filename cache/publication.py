@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lxml import etree
 
-from stratocache.cache import constraints, distinguished_name, document, signature
+from stratocache.cache import constraints, distinguished_name, document, qcow2, signature
 from stratocache.cache import identifier as identifiers
 from stratocache.cache.credentials import Credentials
 from stratocache.cache.decompression import decompressed
@@ -30,6 +30,7 @@ DEFAULT_VALID_DAYS = 178
 """The original client's default."""
 
 _PIECE_BYTES = 1024 * 1024
+_DISK_BYTES_MAX = 64 * 1024**4
 _PARSE_TYPE = f"{{{RDF}}}parseType"
 _SUFFIXES: dict[str, Compression] = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
 _OWN_NAMESPACE = {"stratocache": STRATOCACHE}
@@ -99,9 +100,27 @@ def measure(
     return Measurement(size_bytes, {name: hasher.hexdigest() for name, hasher in hashers.items()})
 
 
-def endorsed_index(url: str, path: Path, measurement: Measurement) -> EndorsedIndex:
+def disk_bytes(path: Path) -> int:
+    """Return the size of the disk in a qcow2 file, which may be compressed once more.
+
+    Raises `InvalidInput` (`image-unreadable`) and `NotVerified` as judging its header does.
+    """
+    try:
+        with path.open("rb") as file:
+            header = decompressed(file, compression_of(path)).read(qcow2.HEADER_BYTES)
+    except OSError as error:
+        raise InvalidInput(
+            "image-unreadable", f"{path} cannot be read: {error.strerror}."
+        ) from None
+    return qcow2.judge_header(header, image_bytes_max=_DISK_BYTES_MAX).size_bytes
+
+
+def endorsed_index(
+    url: str, path: Path, measurement: Measurement, *, size_bytes: int | None = None
+) -> EndorsedIndex:
     """Return what an entry says of the index file at `path`, which will be served at `url`.
 
+    It must describe `size_bytes`: of the disk in a qcow2 file, by default of what was measured.
     Raises `InvalidInput` (`index-unreadable`) and `NotVerified` (`manifest-invalid`,
     `index-mismatch`) for the index of something else than what was measured.
     """
@@ -111,12 +130,12 @@ def endorsed_index(url: str, path: Path, measurement: Measurement) -> EndorsedIn
         raise InvalidInput(
             "index-unreadable", f"{path} cannot be read: {error.strerror}."
         ) from None
-    manifest = Manifest.parse(content, str(path), image_bytes_max=max(measurement.size_bytes, 1))
-    if manifest.size_bytes != measurement.size_bytes:
+    wanted_bytes = measurement.size_bytes if size_bytes is None else size_bytes
+    manifest = Manifest.parse(content, str(path), image_bytes_max=_DISK_BYTES_MAX)
+    if manifest.size_bytes != wanted_bytes:
         raise NotVerified(
             "index-mismatch",
-            f"{path} is the index of {manifest.size_bytes} bytes, the image has "
-            f"{measurement.size_bytes}.",
+            f"{path} is the index of {manifest.size_bytes} bytes, the image has {wanted_bytes}.",
         )
     return EndorsedIndex(url=url, sha256=hashlib.sha256(content).hexdigest())
 
@@ -125,12 +144,6 @@ def build_metadata(
     measurement: Measurement, description: Description, *, created: datetime
 ) -> bytes:
     """Return an unsigned document; raises `InvalidInput` with code `metadata-invalid`."""
-    if description.index is not None and description.format != "raw":
-        raise InvalidInput(
-            "metadata-invalid",
-            f"An index describes the bytes of a raw image; leave it out for {description.format}.",
-            field="index",
-        )
     root = etree.Element(f"{{{RDF}}}RDF", nsmap=_NAMESPACES)
     root.set(f"{{{XML}}}base", BASE)
     body = etree.SubElement(root, f"{{{RDF}}}Description")

@@ -66,7 +66,8 @@ class BootSets:
             return
         try:
             content = await read_location(url, bootset.BYTES_MAX, client, self._settings)
-            bootset.decode(content, entry.size_bytes)
+            reader = await self._images.open_reader(entry.identifier)
+            bootset.decode(content, reader.size_bytes)
             await trio.to_thread.run_sync(bootset.write, self.path(entry.identifier), content)
         except NotFound:
             return

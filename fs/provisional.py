@@ -117,7 +117,7 @@ class ProvisionalImages:
         `NoSpace`, `OSError`, and for an image without an index what `judge` does.
         """
         identifier = entry.identifier
-        if entry.format != "raw":
+        if entry.index is None and entry.format != "raw":
             return False
         await self._fetcher.forget(identifier)  # another entry may have been tried before
         landed = False
@@ -156,8 +156,9 @@ class ProvisionalImages:
         missing_bytes = sum(map(manifest.chunk_bytes, missing))
         dedup_bytes = max(0, _stored_bytes(manifest) - missing_bytes)
         await trio.to_thread.run_sync(
-            self._record_landing, entry, dedup_bytes, interest, "each chunk is verified"
-        )
+            self._record_landing, entry, manifest.size_bytes, dedup_bytes, interest,
+            "each chunk is verified",
+        )  # fmt: skip
         return True
 
     async def _land_growing(self, entry: Entry, interest: Interest) -> bool:
@@ -170,8 +171,9 @@ class ProvisionalImages:
             log.warning("image %s is fetched whole: %s", identifier, reason)
             return False
         await trio.to_thread.run_sync(
-            self._record_landing, entry, 0, interest, "nothing of it is proven yet"
-        )
+            self._record_landing, entry, entry.size_bytes, 0, interest,
+            "nothing of it is proven yet",
+        )  # fmt: skip
         return True
 
     def _grow(self, entry: Entry) -> None:
@@ -193,14 +195,14 @@ class ProvisionalImages:
             )  # fmt: skip
 
     def _record_landing(
-        self, entry: Entry, dedup_bytes: int, interest: Interest, proof: str
+        self, entry: Entry, size_bytes: int, dedup_bytes: int, interest: Interest, proof: str
     ) -> None:
         identifier = entry.identifier
         with self._db.transaction() as connection:
             connection.execute(
                 "UPDATE images SET state = 'provisional', size_bytes = ? "
                 "WHERE id = ? AND state = 'fetching'",
-                (entry.size_bytes, identifier),
+                (size_bytes, identifier),
             )
             self._record.begin(connection, identifier, dedup_bytes)
             if not interest.followed:

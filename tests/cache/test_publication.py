@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.serialization import pkcs12
+from support.contents import qcow2_of
 from support.documents import (
     EMAIL,
     NOW,
@@ -293,7 +294,7 @@ def test_an_index_is_endorsed_with_the_image(tmp_path: Path) -> None:
 
 
 def test_the_index_of_another_image_is_not_endorsed(tmp_path: Path) -> None:
-    """Metadata is not written with an index of other bytes, nor with one of a qcow2 file."""
+    """Neither an index of other bytes is endorsed, nor one of a qcow2 file's own bytes."""
     image = tmp_path / "base.img"
     image.write_bytes(b"\1" * 5)
     made = index_image(image, image.parent)
@@ -302,11 +303,14 @@ def test_the_index_of_another_image_is_not_endorsed(tmp_path: Path) -> None:
     with pytest.raises(NotVerified) as caught:
         publication.endorsed_index("https://e.org/i", made.index, publication.measure(image))
     assert caught.value.code == "index-mismatch"
-    index = EndorsedIndex(url="https://e.org/i", sha256=made.sha256)
-    with pytest.raises(InvalidInput):
-        publication.build_metadata(
-            publication.measure(image), Description(format="qcow2", index=index), created=NOW
-        )
+    packed = qcow2_of(image, tmp_path / "base.qcow2")
+    made = index_image(packed, tmp_path)
+    with pytest.raises(NotVerified) as caught:
+        publication.endorsed_index(
+            "https://e.org/i", made.index, publication.measure(packed),
+            size_bytes=publication.disk_bytes(packed),
+        )  # fmt: skip
+    assert caught.value.code == "index-mismatch"
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from support.contents import qcow2_of
 from support.lazy import index_of, manifest_of
 from support.operation_host import IDENTIFIER, IMAGE, ROOT_CALLER, Host, operation_host
 from support.origins import Fault
@@ -48,11 +49,14 @@ def _publish(host: Host, *, sha256: str | None = None, **fields: object) -> None
     index = index_of(IMAGE, host.folder)
     url = host.origin.add("/image.caibx", index)
     endorsed = sha256 or hashlib.sha256(index).hexdigest()
-    extra = (
+    host.publish(extra=_index_element(url, endorsed), **fields)
+
+
+def _index_element(url: str, sha256: str) -> str:
+    return (
         '<sc:index xmlns:sc="http://stratocache.org/terms#" rdf:parseType="Resource">'
-        f"<sc:url>{url}</sc:url><sc:sha256>{endorsed}</sc:sha256></sc:index>"
+        f"<sc:url>{url}</sc:url><sc:sha256>{sha256}</sc:sha256></sc:index>"
     )
-    host.publish(extra=extra, **fields)
 
 
 def _asked(host: Host) -> Counter[int]:
@@ -245,6 +249,35 @@ def test_a_stream_that_nobody_wants_any_more_leaves_nothing(host: Host) -> None:
         assert host.leftovers() == []
 
     host.run(script)
+
+
+def test_a_qcow2_image_is_launched_by_ranges_of_its_file(host: Host) -> None:
+    """With an index of its disk the clone is there after the tables and one chunk; all is proven."""
+    raw = host.folder / "raw"
+    raw.write_bytes(IMAGE[: len(IMAGE) // 512 * 512])
+    image = raw.read_bytes()
+    packed = qcow2_of(raw, host.folder / "qcow2").read_bytes()
+    host.resource.data = packed
+    host.resource.blocked, host.resource.free = threading.Event(), 5
+    index = index_of(image, host.folder)
+    url = host.origin.add("/image.caibx", index)
+    identifier = host.publish(
+        packed, image_format="qcow2", extra=_index_element(url, hashlib.sha256(index).hexdigest())
+    )
+    intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(identifier, "vm1"))
+
+    async def script(operations: Operations) -> None:
+        await _recorded(host)
+        found = inventory.image(host.db, identifier)
+        assert (found.state, found.size_bytes) == ("provisional", len(image))
+        assert host.resource.blocked is not None
+        host.resource.blocked.set()
+        await _until(lambda: inventory.image(host.db, identifier).state == "verified")
+
+    host.run(script)
+
+    assert inventory.image(host.db, identifier).sha256 == hashlib.sha256(image).hexdigest()
+    assert host.images.reader(identifier).read_blocking(0, len(image)) == image
 
 
 def _allow(host: Host) -> None:

@@ -63,12 +63,14 @@ class Host:
     recheck: Recheck | None = None
     """Asks nobody unless a script runs it."""
 
-    def publish(self, **fields: object) -> None:
-        """Offer the image, or a description of it that is wrong in some way."""
+    def publish(self, file: bytes = IMAGE, **fields: object) -> str:
+        """Offer the image, or a description of it that is wrong in some way; return its id."""
         url = self.origin.url + "/image"
-        unsigned = unsigned_document(IMAGE, **{"locations": [url], **fields})  # type: ignore[arg-type]
+        unsigned = unsigned_document(file, **{"locations": [url], **fields})  # type: ignore[arg-type]
         document = signed_document(make_endorser(), unsigned, created=NOW - timedelta(days=1))
-        shelve(self.folder / "entries", document, IDENTIFIER, EMAIL, NOW - timedelta(days=1))
+        identifier = encode(hashlib.sha1(file).hexdigest())
+        shelve(self.folder / "entries", document, identifier, EMAIL, NOW - timedelta(days=1))
+        return identifier
 
     def run(self, script: Callable[[Operations], Awaitable[None]]) -> None:
         """Run a script beside the operations, as one process would; its end is their death."""
