@@ -71,10 +71,11 @@ def plan(context: click.Context, offline: bool, fix: bool) -> None:
         {
             "#": lambda item: item["order"],
             "IMAGE": lambda item: item["image"],
-            "STATE": lambda item: item["state"],
+            "STATE": lambda item: "skeleton" if item["skeleton"] else item["state"],
             "SIZE": lambda item: _size(item["size_bytes"]),
             "LAST USED": lambda item: item["last_used_at"],
             "FREES": lambda item: _size(item["freed_bytes"]),
+            "BOOT SET": lambda item: _size(item["boot_bytes"]) if item["boot_bytes"] else None,
             "REFETCH": lambda item: _cost(item),
             "KEPT BY": lambda item: item["kept_because"],
             "TITLE": lambda item: item["title"] or None,
@@ -141,7 +142,7 @@ def evict(session: Session, image_id: str | None, size_bytes: int | None, dry_ru
     preview = session.client.post("/v1/cache/evict", body)
     lines = [
         f"{item['image']}: last used {item['last_used_at'] or 'never'}, frees "
-        f"{_size(item['freed_bytes'])}, fetching it again: {_cost(item)}"
+        f"{_size(item['freed_bytes'])}{_left(item)}, fetching it again: {_cost(item)}"
         for item in preview["images"]
     ]
     lines.append(
@@ -248,6 +249,11 @@ def promise_line(account: "Document") -> str:
 
 def _size(value: int | None) -> str:
     return "-" if value is None else format_size(value)
+
+
+def _left(item: "Document") -> str:
+    """Say what stays of an image at its turn."""
+    return f" (its boot set stays, {_size(item['boot_bytes'])})" if item["boot_bytes"] else ""
 
 
 def _cost(item: "Document") -> str:

@@ -581,7 +581,7 @@ class ChunkFetcher:
         for location in entry.locations:
             if entry.format == "raw":
                 found.append(RangeOrigin(location, size_bytes, client, timeout))
-            elif entry.index is not None and not location.startswith("file:"):
+            elif not location.startswith("file:"):
                 found.append(Qcow2Origin(location, entry.size_bytes, size_bytes, client, timeout))
         return found
 

@@ -5,7 +5,7 @@ does its chunk go. Works through shares of all digests, so that memory stays bou
 cached.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,12 @@ class Footprint:
 
 
 def footprints(
-    state_dir: Path, staying: Sequence[str], going: Sequence[str]
-) -> dict[str, Footprint]:
+    state_dir: Path, staying: Sequence[str], going: Sequence[str],
+    partly: Collection[str] = (),
+) -> dict[str, Footprint]:  # fmt: skip
     """Return the footprint of each image that may go, in that order, beside manifests that stay.
 
+    Of those that are here `partly` only chunks that are in the store count.
     Manifests that are gone meanwhile count as empty. Raises `NotVerified` (`manifest-invalid`).
     """
     sizes = [_file_bytes(state_dir, name) for name in (*staying, *going)]
@@ -47,7 +49,7 @@ def footprints(
             kept.update(digest for digest, _ in _stored(state_dir, name, share, shares))
         later: set[bytes] = set()
         for name in reversed(going):
-            chunks = dict(_stored(state_dir, name, share, shares))
+            chunks = dict(_stored(state_dir, name, share, shares, there=name in partly))
             for digest, size_bytes in chunks.items():
                 totals[name][0] += size_bytes
                 if digest not in kept:
@@ -58,7 +60,9 @@ def footprints(
     return {name: Footprint(*counted) for name, counted in totals.items()}
 
 
-def _stored(state_dir: Path, name: str, share: int, shares: int) -> Iterator[tuple[bytes, int]]:
+def _stored(
+    state_dir: Path, name: str, share: int, shares: int, *, there: bool = False
+) -> Iterator[tuple[bytes, int]]:
     """Yield the chunks of a manifest with their sizes; half of a digest names it well enough."""
     manifest: Manifest | None = None
     with suppress(FileNotFoundError):
@@ -70,8 +74,15 @@ def _stored(state_dir: Path, name: str, share: int, shares: int) -> Iterator[tup
         start = index * DIGEST_BYTES
         if digests[start] % shares == share:
             digest = digests[start : start + DIGEST_BYTES]
+            if there and not _chunk_path(state_dir, digest).exists():
+                continue
             if digest != zero and not (index == last and manifest.is_zero(last)):
                 yield digest[: DIGEST_BYTES // 2], manifest.chunk_bytes(index)
+
+
+def _chunk_path(state_dir: Path, digest: bytes) -> Path:
+    name = digest.hex()
+    return state_dir / "chunks" / name[0] / name[1] / name
 
 
 def _file_bytes(state_dir: Path, name: str) -> int:

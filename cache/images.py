@@ -661,6 +661,14 @@ class ImageStore:
             self._readers.pop(identifier, None)
         self._remove_unused(candidates)
 
+    def reduce(self, identifier: str, keep: Collection[bytes]) -> int:
+        """Remove the chunks of an image but for some and what else uses; its manifest stays.
+
+        Returns how many went. Raises `NotFound`, `NotVerified`.
+        """
+        candidates = set(self.manifest(identifier).stored()).difference(keep)
+        return self._remove_unused(candidates, but_for=identifier)
+
     def quarantine(self, identifier: str) -> int:
         """Move the chunks of an image away that nothing else uses; its manifest stays.
 
@@ -709,7 +717,8 @@ class ImageStore:
             with suppress(NotVerified):
                 self.seal(identifier)
 
-    def _remove_unused(self, candidates: set[bytes]) -> int:
+    def _remove_unused(self, candidates: set[bytes], *, but_for: str | None = None) -> int:
+        """Remove chunks that no draft uses and no manifest names, one of these aside."""
         if not candidates:
             return 0
         with self.chunks.condemned(candidates):
@@ -720,7 +729,8 @@ class ImageStore:
                 candidates.difference_update(draft.stored())
             try:
                 for identifier in self.identifiers():
-                    candidates.difference_update(self._stored(identifier))
+                    if identifier != but_for:
+                        candidates.difference_update(self._stored(identifier))
             except NotVerified as error:
                 log.error("no chunk is removed while a manifest is damaged: %s", error)
                 return 0

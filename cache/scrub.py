@@ -115,8 +115,11 @@ class Scrub:
         try:
             tally.chunk_bytes += await self._read(partial(self._images.chunks.inspect, digest))
         except NotVerified as error:
-            # one that went while we came to it is not missed: no manifest names it
+            # one that went while we came to it is not missed: no manifest of a whole image names it
             uses = await self._read(partial(self._images.uses, digest))
+            if error.code == "chunk-missing":
+                incomplete = await self._read(self._incomplete)
+                uses = [use for use in uses if use[0] not in incomplete]
             if uses or error.code == "chunk-corrupt":
                 tally.damaged += 1
             if uses:

@@ -33,7 +33,8 @@ from stratocache.fs import inventory
 from stratocache.fs.manifests import named_manifests, published_manifests
 from stratocache.fs.provisional import ProvisionalImages, rejected
 from stratocache.fs.recheck import Recheck
-from stratocache.fs.records import COMPLETE, READABLE, SERVABLE, Image
+from stratocache.fs.records import READABLE, SERVABLE, Image
+from stratocache.fs.skeletons import SLEEP_AGAIN
 from stratocache.fs.state import Database, now, record_event
 from stratocache.fs.withdrawal import reinstate, withdrawn
 
@@ -46,6 +47,7 @@ Report = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all (None = not known)."""
 _GIVE_UP = """
     UPDATE images SET state = 'deleting' WHERE state = 'provisional' AND pinned = 0
+    AND skeleton_since IS NULL
     AND NOT EXISTS (SELECT 1 FROM disks WHERE base_image = images.id)
     AND NOT EXISTS (SELECT 1 FROM attachments WHERE image_id = images.id)
 """
@@ -134,9 +136,9 @@ class Acquisition:
         seen = known is not None and known.state != "withdrawn"
         while True:
             image = inventory.find_image(self._db, entry.identifier)
-            if provisional and (image is None or image.state not in COMPLETE):
+            if provisional and (image is None or image.state == "fetching" or image.unproven):
                 require_provisional(self._configuration, entry)
-            waiting = complete or (entry.index is None and not provisional)
+            waiting = complete or (image is not None and image.unproven and not provisional)
             if image is not None and image.state == "provisional" and waiting:
                 seen = True  # whoever deletes it from now on means it
                 await self._provisional.wait(image.id, report)
@@ -191,8 +193,7 @@ class Acquisition:
             return None
         self._judge(image)
         # whoever wants what nothing proves yet has to say so
-        unproven = image.state == "provisional" and image.entry.index is None
-        return None if unproven else image
+        return None if image.unproven else image
 
     def _judge(self, image: Image) -> None:
         """Judge a cached image by its stored entry; raises `Refused`, `NotFound`."""
@@ -329,6 +330,7 @@ class Acquisition:
                 self._abandon(image.id)
         with self._db.transaction() as connection:
             connection.execute(_GIVE_UP)
+            connection.execute(SLEEP_AGAIN, (now(),))
 
     def sweep(self) -> None:
         """At start, delete whatever files no row of the state database accounts for."""

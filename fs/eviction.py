@@ -10,6 +10,7 @@ for an image that somebody deletes, and does it again after a crash.
 import logging
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -24,6 +25,7 @@ from stratocache.fs.keep_plan import Candidate, choose, eviction_plan, why_kept
 from stratocache.fs.operations import finish
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.scrubbing import empty_quarantine
+from stratocache.fs.skeletons import boot_chunks, record_reduction
 from stratocache.fs.space_plan import holding_of
 from stratocache.fs.state import Database, record_event
 from stratocache.fs.tallies import add_tally
@@ -85,8 +87,8 @@ def surplus_bytes(
 class Eviction:
     """Evicts the images of one host; performs operations of kind `evict`, and makes room.
 
-    `held` returns the images that operations of this process are about to use. Its methods belong
-    to one trio loop.
+    `reduce` removes the chunks of an image but for some. `held` returns the images that operations
+    of this process are about to use. Its methods belong to one trio loop.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Eviction:
         configuration: Configuration,
         db: Database,
         chunks: ChunkStore,
+        reduce: Callable[[str, Collection[bytes]], int],
         held: Callable[[], Collection[str]],
         wake: Callable[[], None],
     ) -> None:
@@ -101,6 +104,7 @@ class Eviction:
         self._settings = configuration.cache
         self._db = db
         self._chunks = chunks
+        self._reduce = reduce
         self._held = held
         self._wake = wake
         self._one_at_a_time = trio.Lock()
@@ -125,8 +129,12 @@ class Eviction:
                 return
             await self._thread(_empty_quarantine, self._configuration)
             # nothing goes in vain: not for a fetch that would fail all the same
-            if await self._thread(self._can_free, size_bytes):
-                await self._free(await self._thread(self._surplus_bytes, size_bytes))
+            while await self._thread(self._can_free, size_bytes):
+                if not await self._free(await self._thread(self._surplus_bytes, size_bytes)):
+                    break
+                # images that share chunks with boot sets that stay free less than was counted
+                if await self._thread(self._shortage_bytes, size_bytes) <= 0:
+                    return
             if await self._thread(self._shortage_bytes, size_bytes) > 0:
                 raise await self._thread(self._refusal, size_bytes)
 
@@ -154,7 +162,8 @@ class Eviction:
         plan = await self._thread(self._plan)
         for candidate in plan:
             if candidate.image.id == image_id:
-                if not await self._evict(candidate, operation):
+                whole = replace(candidate, boot_bytes=0)  # that is what was asked for
+                if not await self._evict(whole, operation):
                     await self._thread(require_free, self._db, image_id, self._held())
                 return
         # it went before the process died
@@ -172,7 +181,7 @@ class Eviction:
                 break
             for candidate in chosen:
                 if await self._evict(candidate, operation):
-                    freed_bytes += candidate.footprint.freed_bytes
+                    freed_bytes += candidate.freed_bytes
                 else:
                     refused.add(candidate.image.id)
         return freed_bytes
@@ -182,11 +191,17 @@ class Eviction:
         return eviction_plan(self._configuration, self._db, held=held)
 
     async def _evict(self, candidate: Candidate, operation: Operation | None) -> bool:
-        """Let one image go; tell whether it went."""
+        """Let one image go, or go down to its boot set; tell whether it went."""
         image_id = candidate.image.id
         held = self._held()
-        if not await self._thread(self._decide, candidate, operation, held):
+        boot_set: dict[bytes, int] = {}
+        if candidate.boot_bytes:
+            boot_set = await self._thread(boot_chunks, self._configuration, candidate.image)
+        if not await self._thread(self._decide, candidate, operation, held, boot_set):
             return False
+        if boot_set:
+            await self._thread(self._reduce, image_id, boot_set)
+            return True
         self._wake()
         with trio.move_on_after(_GOING_TIMEOUT_S):
             while True:
@@ -197,15 +212,22 @@ class Eviction:
         return False
 
     def _decide(
-        self, candidate: Candidate, operation: Operation | None, held: Collection[str]
+        self,
+        candidate: Candidate,
+        operation: Operation | None,
+        held: Collection[str],
+        boot_set: dict[bytes, int],
     ) -> bool:
-        image_id, freed_bytes = candidate.image.id, candidate.footprint.freed_bytes
+        image_id, freed_bytes = candidate.image.id, candidate.freed_bytes
         with self._db.transaction() as connection:
             try:
                 require_free(self._db, image_id, held)
             except (Conflict, NotFound):
                 return False
-            connection.execute("UPDATE images SET state = 'deleting' WHERE id = ?", (image_id,))
+            if not boot_set:
+                connection.execute("UPDATE images SET state = 'deleting' WHERE id = ?", (image_id,))
+            elif not record_reduction(connection, image_id, sum(boot_set.values())):
+                return False  # it was withdrawn meanwhile
             if operation is not None:
                 connection.execute(
                     "UPDATE operations SET progress_bytes = progress_bytes + ? WHERE id = ?",
@@ -213,9 +235,9 @@ class Eviction:
                 )
             add_tally(connection, "evicted_bytes", freed_bytes)
             record_event(
-                connection, "image.evicted", image_id,
+                connection, "image.reduced" if boot_set else "image.evicted", image_id,
                 f"Image {image_id}, {_why(candidate)}, makes room: "
-                f"{freed_bytes} bytes.",
+                f"{freed_bytes} bytes{'; what its boot reads stays' if boot_set else ''}.",
             )  # fmt: skip
         return True
 

@@ -2,7 +2,7 @@
 would free and cost. The order of the plan is the order of eviction: withdrawn images first."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from stratocache.cache.configuration import Configuration
@@ -12,6 +12,7 @@ from stratocache.cache.footprint import Footprint, footprints
 from stratocache.fs.manifests import named_manifests
 from stratocache.fs.partition import mounted_images
 from stratocache.fs.records import COMPLETE, Image
+from stratocache.fs.skeletons import boot_chunks
 from stratocache.fs.space_plan import ImageHolding, holdings
 from stratocache.fs.state import Database
 
@@ -33,6 +34,13 @@ class Candidate:
     footprint: Footprint
     order: int | None
     """Its turn, from 1; None = it stays."""
+    boot_bytes: int = 0
+    """What stays of it at its turn, its boot set, to go after all others; 0 = it goes whole."""
+
+    @property
+    def freed_bytes(self) -> int:
+        """What its turn frees."""
+        return self.footprint.freed_bytes - self.boot_bytes
 
     @property
     def image(self) -> Image:
@@ -81,7 +89,8 @@ def eviction_plan(
     staying = sorted(named_manifests(db) - set(order))
     counted: dict[str, Footprint] = {}
     try:
-        counted = footprints(configuration.state_dir, staying, order)
+        partly = {image.id for image in going if image.asleep}
+        counted = footprints(configuration.state_dir, staying, order, partly)
     except NotVerified as error:
         # no chunk is removed while it is unknown which ones a damaged manifest needs
         reasons = {name: reason or error.message for name, reason in reasons.items()}
@@ -89,16 +98,22 @@ def eviction_plan(
     turns = {name: turn for turn, name in enumerate(order)}
     shown.sort(key=lambda item: (item.kept_because is not None, turns.get(item.image.id, 0)))
     return [
-        Candidate(item.holding, item.kept_because, item.footprint, turn)
+        replace(item, order=turn, boot_bytes=_boot_bytes(configuration, item))
         if item.kept_because is None
         else item
         for turn, item in enumerate(shown, 1)
     ]
 
 
-def _turn(image: Image) -> tuple[bool, str]:
-    """Sort withdrawn images first: nobody may use them again."""
-    return image.state != "withdrawn", last_used_at(image)
+def _turn(image: Image) -> tuple[bool, bool, str]:
+    """Sort withdrawn images first: nobody may use them again. Boot sets go last."""
+    return image.state != "withdrawn", image.asleep, last_used_at(image)
+
+
+def _boot_bytes(configuration: Configuration, candidate: Candidate) -> int:
+    """Return what stays of an image at its turn, 0 when that is all that it has."""
+    boot_bytes = sum(boot_chunks(configuration, candidate.image).values())
+    return boot_bytes if boot_bytes < candidate.footprint.freed_bytes else 0
 
 
 def _candidate(holding: ImageHolding, reason: str | None, footprint: Footprint | None) -> Candidate:
@@ -110,7 +125,7 @@ def _candidate(holding: ImageHolding, reason: str | None, footprint: Footprint |
 def why_kept(holding: ImageHolding, held: Collection[str] = ()) -> str | None:
     """Return what keeps an image, as a phrase that names it; None when it may go."""
     image = holding.image
-    if image.state not in COMPLETE:
+    if image.state not in COMPLETE and not image.asleep:
         return _STATES.get(image.state, image.state)
     if image.pinned:
         return "pinned"
@@ -142,5 +157,5 @@ def choose(plan: list[Candidate], wanted_bytes: int) -> list[Candidate]:
         if candidate.order is None or freed_bytes >= wanted_bytes:
             break
         chosen.append(candidate)
-        freed_bytes += candidate.footprint.freed_bytes
+        freed_bytes += candidate.freed_bytes
     return chosen

@@ -1,6 +1,7 @@
 """What keeps the cache in `blockd`: repair, scrubber, eviction and verification, put together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 
 import trio
 
@@ -44,7 +45,14 @@ class Keeping:
         repairer = Repairer(images, origins, record, nursery)
         self._supply, self._repairer = supply, repairer
         self.scrubbing = Scrubbing(configuration, db, images, repairer, record)
-        self.eviction = Eviction(configuration, db, images.chunks, acquisition.held, wake)
+        self.eviction = Eviction(
+            configuration,
+            db,
+            images.chunks,
+            partial(_reduce, images, disks),
+            acquisition.held,
+            wake,
+        )
         fetcher.set_room(self.eviction)
         self.performers: dict[str, Performer] = {
             EVICT: self.eviction,
@@ -57,3 +65,8 @@ class Keeping:
         self._supply.begin_repairs(self._repairer)
         self._nursery.start_soon(self.scrubbing.run)
         self._nursery.start_soon(self.eviction.watch)
+
+
+def _reduce(images: ImageStore, disks: DiskStore, image_id: str, keep: Collection[bytes]) -> int:
+    disks.forget_image(images.reader(image_id))
+    return images.reduce(image_id, keep)

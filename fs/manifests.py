@@ -22,7 +22,8 @@ _PUBLISHED = """
     UNION SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
     UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL AND form = 'overlay'
     EXCEPT SELECT id FROM images
-        WHERE state = 'provisional' AND json_extract(entry, '$.index') IS NULL
+        WHERE state = 'provisional' AND skeleton_since IS NULL
+        AND json_extract(entry, '$.index') IS NULL
 """
 # (an image without an index has its manifest when all of it has flowed past)
 

@@ -218,10 +218,10 @@ class ProvisionalImages:
     # Completion.
 
     def look(self) -> None:
-        """Start the completion of every provisional image that has none."""
+        """Start the completion of every provisional image that has none, unless it sleeps."""
         for row in self._db.rows("SELECT * FROM images WHERE state = 'provisional'"):
             image = records.image_from(row)
-            if image.id not in self._tasks:
+            if image.id not in self._tasks and not image.asleep:
                 self._tasks[image.id] = _Task()
                 self._nursery.start_soon(self._run, image, self._tasks[image.id])
 
@@ -236,6 +236,7 @@ class ProvisionalImages:
 
         Raises why the attempt failed. The completion goes on when the caller is cancelled.
         """
+        await trio.to_thread.run_sync(self._awake, image_id)
         self.look()
         task = self._tasks.get(image_id)
         if task is None:
@@ -249,6 +250,13 @@ class ProvisionalImages:
             task.reports.remove(report)
         if attempt.error is not None:
             raise attempt.error
+
+    def _awake(self, image_id: str) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(
+                "UPDATE images SET last_used_at = ? WHERE id = ? AND skeleton_since IS NOT NULL",
+                (now(), image_id),
+            )
 
     async def stop(self, image_id: str) -> None:
         """End the completion of an image that is about to be deleted."""
@@ -268,6 +276,9 @@ class ProvisionalImages:
                     if await self._attempt(image, task):
                         break
                     await trio.sleep(RETRY_S)
+                    found = inventory.find_image(self._db, image.id)
+                    if found is None or found.asleep:
+                        break
         finally:
             del self._tasks[image.id]
             task.attempt.ended.set()
@@ -308,7 +319,8 @@ class ProvisionalImages:
     def _record_verified(self, found: FetchedImage) -> None:
         with self._db.transaction() as connection:
             connection.execute(
-                "UPDATE images SET state = 'verified', sha256 = ?, verified_at = ? "
+                "UPDATE images SET state = 'verified', sha256 = ?, verified_at = ?, "
+                "skeleton_since = NULL "
                 "WHERE id = ? AND state = 'provisional'",
                 (found.sha256, now(), found.identifier),
             )
@@ -346,7 +358,7 @@ class ProvisionalImages:
         for row in self._db.rows("SELECT * FROM images WHERE state = 'provisional'"):
             image = records.image_from(row)
             there = self._images.manifest_path(image.id).exists()
-            if image.entry.index is None and not there and self._images.growing(image.id) is None:
+            if image.unproven and not there and self._images.growing(image.id) is None:
                 self._grow(image.entry)
         for row in self._db.rows("SELECT id FROM images WHERE state = 'rejected'"):
             try:

@@ -103,6 +103,21 @@ class Image:
     withdrawn_at: str | None = None
     withdrawn_because: str | None = None
     """A sentence."""
+    skeleton_since: str | None = None
+    """When eviction left its boot set only, or it was last put to sleep."""
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it is a skeleton whose rest nobody wants now."""
+        if self.state != "provisional" or self.skeleton_since is None or self.pinned:
+            return False
+        return self.last_used_at is None or self.last_used_at <= self.skeleton_since
+
+    @property
+    def unproven(self) -> bool:
+        """Whether nothing proves what is read of it: it has no index and was never whole."""
+        never_whole = self.state == "provisional" and self.skeleton_since is None
+        return never_whole and self.entry.index is None
 
 
 @dataclass(frozen=True, slots=True)

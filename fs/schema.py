@@ -356,4 +356,8 @@ MIGRATIONS: tuple[str, ...] = (
         ON CONFLICT (name, label) DO UPDATE SET value = value + excluded.value;
     END;
     """,
+    """
+    -- since when eviction has left its boot set only, or since nobody uses that; NULL = it has not
+    ALTER TABLE images ADD COLUMN skeleton_since TEXT;
+    """,
 )

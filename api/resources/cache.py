@@ -1,6 +1,6 @@
 """`/v1/cache`: where the space has gone, what keeps each image, eviction, and the scrubber."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Literal, Self
 
 import falcon
@@ -140,7 +140,11 @@ class HoldingView(Representation):
     stored_bytes: int
     """All chunks that it names."""
     freed_bytes: int
-    """What its eviction would free, those before it in the order being gone."""
+    """What its turn would free, those before it in the order having had theirs."""
+    boot_bytes: int
+    """What its boot reads, which stays at this turn and goes after all others; 0 = it goes whole."""
+    skeleton: bool
+    """Whether only what its boot reads has been left of it."""
     refetch_bytes: int
     """What fetching it again would move, at most."""
     origin: str | None
@@ -171,7 +175,9 @@ class HoldingView(Representation):
             order=candidate.order,
             kept_because=reason,
             stored_bytes=candidate.footprint.stored_bytes,
-            freed_bytes=candidate.footprint.freed_bytes,
+            freed_bytes=candidate.freed_bytes,
+            boot_bytes=candidate.boot_bytes,
+            skeleton=image.asleep,
             refetch_bytes=candidate.refetch_bytes,
             origin=candidate.origin,
         )
@@ -302,7 +308,7 @@ class CacheEviction:
         plan = eviction_plan(configuration, db)
         if wanted.image is not None:
             eviction.require_free(db, wanted.image)
-            chosen = [item for item in plan if item.image.id == wanted.image]
+            chosen = [replace(item, boot_bytes=0) for item in plan if item.image.id == wanted.image]
         else:
             wanted_bytes = wanted.bytes
             if wanted_bytes is None:
@@ -312,7 +318,7 @@ class CacheEviction:
             chosen = choose(plan, wanted_bytes)
         return EvictionView(
             images=[HoldingView.of(item, caller) for item in chosen],
-            freed_bytes=sum(item.footprint.freed_bytes for item in chosen),
+            freed_bytes=sum(item.freed_bytes for item in chosen),
         )
 
 

@@ -307,6 +307,7 @@ class KeepDaemon:
                 "SELECT 1 FROM operations WHERE state IN ('pending', 'running') "
                 "UNION ALL SELECT 1 FROM disks WHERE state <> 'available' "
                 "UNION ALL SELECT 1 FROM images WHERE state NOT IN ('verified', 'withdrawn') "
+                "AND (skeleton_since IS NULL OR last_used_at > skeleton_since) "
                 "UNION ALL SELECT 1 FROM launches WHERE state <> 'active' "
                 "UNION ALL SELECT 1 FROM scrub WHERE NOT paused AND (requested OR position "
                 "IS NOT NULL OR started_at IS NULL) LIMIT 1"

@@ -63,7 +63,7 @@ class Host:
     recheck: Recheck | None = None
     """Asks nobody unless a script runs it."""
 
-    def publish(self, file: bytes = IMAGE, **fields: object) -> str:
+    def publish(self, file: bytes = IMAGE, /, **fields: object) -> str:
         """Offer the image, or a description of it that is wrong in some way; return its id."""
         url = self.origin.url + "/image"
         unsigned = unsigned_document(file, **{"locations": [url], **fields})  # type: ignore[arg-type]
