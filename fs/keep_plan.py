@@ -11,7 +11,7 @@ from stratocache.cache.errors import NotVerified
 from stratocache.cache.footprint import Footprint, footprints
 from stratocache.fs.manifests import named_manifests
 from stratocache.fs.partition import mounted_images
-from stratocache.fs.records import COMPLETE, Image
+from stratocache.fs.records import Image
 from stratocache.fs.skeletons import boot_chunks
 from stratocache.fs.space_plan import ImageHolding, holdings
 from stratocache.fs.state import Database
@@ -125,7 +125,7 @@ def _candidate(holding: ImageHolding, reason: str | None, footprint: Footprint |
 def why_kept(holding: ImageHolding, held: Collection[str] = ()) -> str | None:
     """Return what keeps an image, as a phrase that names it; None when it may go."""
     image = holding.image
-    if image.state not in COMPLETE and not image.asleep:
+    if not image.settled:
         return _STATES.get(image.state, image.state)
     if image.pinned:
         return "pinned"

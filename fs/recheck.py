@@ -17,7 +17,7 @@ from stratocache.cache.catalogue import Catalogues, Standing
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import NotFound, OriginFailed
 from stratocache.fs import inventory, withdrawal
-from stratocache.fs.records import COMPLETE, Image
+from stratocache.fs.records import Image
 from stratocache.fs.state import Database
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ _REST_S = 60.0
 """For which a catalogue is left alone when it fails for the first time."""
 _ROWS = """
     SELECT id, state, coalesce(checked_at, verified_at) AS last_at, unlisted_since FROM images
-    WHERE state IN ('verified', 'withdrawn') ORDER BY last_at
+    WHERE state IN ('verified', 'withdrawn')
+    OR (state = 'provisional' AND skeleton_since IS NOT NULL) ORDER BY last_at
 """
 
 
@@ -78,7 +79,7 @@ class Recheck:
         """Ask about every image whose time has come."""
         for image_id in await trio.to_thread.run_sync(self._due, frozenset(self._noted)):
             image = await trio.to_thread.run_sync(inventory.find_image, self._db, image_id)
-            if image is not None and image.state in COMPLETE and self._may_ask(image):
+            if image is not None and image.settled and self._may_ask(image):
                 try:
                     await self._ask(image)
                 except Exception:  # the others are asked about all the same
@@ -125,7 +126,7 @@ class Recheck:
 
     def _due_at(self, row: sqlite3.Row, at: datetime) -> datetime:
         settings, luck = self._settings, self._luck[row["id"]]
-        if row["state"] == "verified" and row["unlisted_since"] is not None:
+        if row["state"] != "withdrawn" and row["unlisted_since"] is not None:
             wait_s = settings.confirm_s * (1 + _JITTER * luck)
             due = datetime.fromisoformat(row["unlisted_since"]) + timedelta(seconds=wait_s)
         else:

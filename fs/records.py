@@ -114,6 +114,11 @@ class Image:
         return self.last_used_at is None or self.last_used_at <= self.skeleton_since
 
     @property
+    def settled(self) -> bool:
+        """Whether it is complete, or was, and nothing is being fetched of it."""
+        return self.state in COMPLETE or self.asleep
+
+    @property
     def unproven(self) -> bool:
         """Whether nothing proves what is read of it: it has no index and was never whole."""
         never_whole = self.state == "provisional" and self.skeleton_since is None

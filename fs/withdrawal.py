@@ -13,7 +13,7 @@ from stratocache.cache.catalogue import Standing
 from stratocache.cache.entry import Entry, same_content
 from stratocache.cache.errors import Refused
 from stratocache.fs import inventory
-from stratocache.fs.records import COMPLETE, Image
+from stratocache.fs.records import Image
 from stratocache.fs.state import Database, now, record_event
 
 _NAMED_MAX = 20
@@ -36,7 +36,7 @@ def record(db: Database, image: Image, standing: Standing, *, confirm_s: float) 
     """
     with db.transaction() as connection:
         present = inventory.find_image(db, image.id)
-        if present is None or present.state not in COMPLETE or present.entry != image.entry:
+        if present is None or not present.settled or present.entry != image.entry:
             return
         connection.execute("UPDATE images SET checked_at = ? WHERE id = ?", (now(), image.id))
         if standing.verdict == "unlisted":
@@ -75,6 +75,14 @@ def _note_absence(
 def _withdraw(connection: sqlite3.Connection, db: Database, image: Image, reason: str) -> None:
     if image.state == "withdrawn":
         return
+    if image.asleep:
+        # nothing reads what is left of it, and nobody may any more
+        connection.execute("UPDATE images SET state = 'deleting' WHERE id = ?", (image.id,))
+        record_event(
+            connection, "image.withdrawn", image.id,
+            f"Image {image.id} is withdrawn, and what was left of it removed: {reason}",
+        )  # fmt: skip
+        return
     connection.execute(
         "UPDATE images SET state = 'withdrawn', withdrawn_at = ?, withdrawn_because = ? "
         "WHERE id = ?",
@@ -88,7 +96,7 @@ def _withdraw(connection: sqlite3.Connection, db: Database, image: Image, reason
 
 def _relist(connection: sqlite3.Connection, image: Image, entry: Entry) -> None:
     connection.execute(
-        "UPDATE images SET state = 'verified', entry = ?, checked_at = ?, unlisted_since = NULL, "
+        "UPDATE images SET state = iif(state = 'withdrawn', 'verified', state), entry = ?, checked_at = ?, unlisted_since = NULL, "
         "withdrawn_at = NULL, withdrawn_because = NULL WHERE id = ?",
         (entry.model_dump_json(), now(), image.id),
     )

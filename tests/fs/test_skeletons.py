@@ -9,8 +9,9 @@ import trio
 from support.keep_daemon import ROOT, KeepDaemon, KeepHost
 
 from stratocache.cache import bootset
+from stratocache.cache.catalogue import Standing
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.fs import cache_check, disk_intents, intents, inventory
+from stratocache.fs import cache_check, disk_intents, intents, inventory, withdrawal
 from stratocache.fs.eviction import request_eviction
 from stratocache.fs.keep_plan import eviction_plan
 from stratocache.fs.records import DiskRequest
@@ -186,3 +187,23 @@ def test_a_boot_set_that_is_no_use_keeps_nothing(host: KeepHost) -> None:
 
     host.run(script)
     assert host.states() == {} and host.chunk_files() == []
+
+
+def test_a_skeleton_that_is_taken_back_goes(host: KeepHost) -> None:
+    """Nothing reads what is left of it, and nobody may launch it any more."""
+    cold = _add(host, 1, (0, 2))
+
+    async def script(daemon: KeepDaemon) -> None:
+        await _fetch(daemon, cold)
+        await daemon.end(request_eviction(daemon.db, ROOT, size_bytes=1))
+        image = inventory.image(daemon.db, cold)
+        standing = Standing("current")
+        withdrawal.record(daemon.db, image, standing, confirm_s=0)
+        assert host.states() == {cold: "provisional"}
+        standing = Standing("taken-back", reason="No.")
+        withdrawal.record(daemon.db, image, standing, confirm_s=0)
+        daemon.wake()
+        await _until(lambda: not host.states())
+
+    host.run(script)
+    assert host.chunk_files() == []
