@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from stratocache.cache.chunks import CHUNK_BYTES
 MIB = 1024**2
 IMAGE_BYTES = 32 * MIB
 SMALL_BYTES = 8 * MIB
+KINDS = ["unproven", "stream"] if "LAZY_KILLS" in os.environ else ["unproven"]
 KILLS = int(os.environ.get("LAZY_KILLS", "2"))
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
 GUESTS = 16
@@ -67,16 +69,25 @@ def small(folder: Path, nginx: Nginx) -> Published:
     )
 
 
-def _appliance(tmp_path: Path, published: Published, *, quiet_s: float = 1) -> Appliance:
-    return Appliance(
+def _appliance(
+    tmp_path: Path, published: Published, *, quiet_s: float = 1, provisional: bool = False
+) -> Appliance:
+    appliance = Appliance(
         tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
         extra=f"fetch.quiet_s = {quiet_s}",
     )  # fmt: skip
+    if provisional:
+        appliance.environment["STRATOCACHE_CATALOGUES__STRATUSLAB__PROVISIONAL"] = "allow"
+    return appliance
 
 
-def _launch(appliance: Appliance, published: Published, instance: str) -> Path:
+def _launch(
+    appliance: Appliance, published: Published, instance: str, *, provisional: bool = False
+) -> Path:
     """Launch; return the file of the clone."""
-    body = {"reference": published.identifier, "instance": instance}
+    body = {
+        "reference": published.identifier, "instance": instance, "provisional": provisional,
+    }  # fmt: skip
     status, launch = appliance.request("POST", "/v1/launches?wait=60", body)
     assert status == 201, launch
     return appliance.run_dir / "blocks" / "disks" / str(launch["boot"]["disk_uuid"])
@@ -162,12 +173,33 @@ def test_readers_do_not_notice_a_killed_blockd(tmp_path: Path, published: Publis
 def test_kills_in_the_middle_cost_no_byte(tmp_path: Path, published: Published) -> None:
     """After kill -9 of everything the launch stands, the image goes on where it was, and all that
     the disk reads and has written is right."""
+    _kill_in_the_middle(tmp_path, published, provisional=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_in_the_middle_of_a_stream_cost_no_byte(
+    tmp_path: Path, folder: Path, nginx: Nginx, kind: str
+) -> None:
+    """The same of images that only flow: with an index but no store, and without an index, where
+    a chunk is never another one after a kill than it was before."""
+    index_url = nginx.url if kind == "stream" else None
+    published = publish_image(
+        folder, IMAGE_BYTES, compression="gz", locations=[f"{nginx.url}/image-1.gz"],
+        index_url=index_url,
+    )  # fmt: skip
+    shutil.rmtree(folder / "image-1.castr", ignore_errors=True)
+    _kill_in_the_middle(tmp_path, published, provisional=kind == "unproven")
+    moved = sum(asked.sent_bytes for asked in nginx.requests() if asked.path == "/image-1.gz")
+    assert moved < published.source.stat().st_size + (KILLS + 1) * MIB
+
+
+def _kill_in_the_middle(tmp_path: Path, published: Published, *, provisional: bool) -> None:
     print(f"CRASH_SEED={SEED} LAZY_KILLS={KILLS}")
     chance = random.Random(SEED)
     content = bytearray(published.image.read_bytes())
-    appliance = _appliance(tmp_path, published)
+    appliance = _appliance(tmp_path, published, provisional=provisional)
     with appliance:
-        file = _launch(appliance, published, "vm")
+        file = _launch(appliance, published, "vm", provisional=provisional)
         for _ in range(KILLS):
             offset = chance.randrange(0, IMAGE_BYTES - 5000)
             written = chance.randbytes(5000)
