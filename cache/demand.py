@@ -291,7 +291,7 @@ class ChunkFetcher:
         """Return when the stream has brought a chunk, or no longer may; say why it failed."""
         reason = "the stream has not come so far"
         with trio.move_on_at(deadline):
-            while not flight.arrived:
+            while not flight.arrived and not image.gone:
                 run = self._streams.join(image.entry, image.manifest)
                 await run.ended.wait()
                 if run.error is not None:
