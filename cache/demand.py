@@ -425,14 +425,16 @@ class ChunkFetcher:
 
     def passed(self, place: Place, new_bytes: int) -> None:
         """Let those go on who wait for a chunk that a stream has brought."""
-        if new_bytes:
-            self.traffic.arrived(place.image_id, new_bytes)
+        demand = False
         for key in _keys(place):
             flight = self._flights.get(key)
             if flight is not None:
+                demand |= flight.demand
                 flight.arrived = True
                 self.traffic.asked(flight.reader, new_bytes)
                 self._land(key, flight)
+        if new_bytes:
+            self.traffic.arrived(place.image_id, new_bytes, demand=demand)
 
     def expect_reads(self) -> None:
         """Leave the link to a guest that is about to boot."""
