@@ -41,6 +41,8 @@ class ManifestSizes:
     def _measure(self, names: list[str]) -> None:
         sizes = []
         for name in names:
+            if self._images.growing(name) is not None:
+                continue  # its manifest is not whole yet
             with suppress(NotFound, NotVerified):
                 sizes.append((self._images.reader(name).manifest.stored_bytes(), name))
         with self._db.transaction() as connection:
