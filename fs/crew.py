@@ -115,10 +115,16 @@ class Crew:
 
     def wait_s(self) -> float:
         """Return the seconds until something has to be looked at, should nothing happen before."""
-        if any(not child.ready for child in self.running):
+        if any(not child.ready and REPORTS_LINK not in child.links for child in self.running):
             return _POLL_INTERVAL_S
         due = [c.due_at for c in self.children if not c.running and not c.held]
         return max(0.0, min(due, default=math.inf) - time.monotonic())
+
+    @property
+    def awaited_reports(self) -> list[int]:
+        """The pipes on which children that are not ready will say so."""
+        awaited = [child for child in self.running if not child.ready]
+        return [child.links[REPORTS_LINK] for child in awaited if REPORTS_LINK in child.links]
 
     def is_ready(self, child: Child) -> bool:
         """Look whether a running child, which was not ready, is."""

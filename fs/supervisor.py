@@ -174,6 +174,8 @@ class Supervisor:
             poll.register(mount.descriptor, 0)  # POLLERR, which always counts: aborted
         for child in running:
             poll.register(child.pidfd, select.POLLIN)
+        for reports in self._crew.awaited_reports:
+            poll.register(reports, select.POLLIN)
         wait_s = self._crew.wait_s()
         if self._upgrading.active:
             wait_s = min(wait_s, _UPGRADE_INTERVAL_S)

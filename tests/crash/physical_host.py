@@ -28,12 +28,12 @@ DEATHS: dict[str, tuple[tuple[str, ...], ...]] = {
     "lio": (("blockd",), ("lio_server",), ("supervisor",), ("blockd", "supervisor"), ()),
 }
 """Who is killed at once; nobody named means everything of ours."""
-_ROUNDS_TIMEOUT_S = 480.0
+_ROUNDS_TIMEOUT_S = 900.0
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.timeout(1800 + 900 * ROUNDS),
+    pytest.mark.timeout(3600 + 3600 * ROUNDS),
 ]
 
 _P = ParamSpec("_P")

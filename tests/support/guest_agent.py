@@ -20,7 +20,7 @@ from stratocache.cache.errors import StratocacheError, from_record
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_CALL_TIMEOUT_S = 600.0
+_CALL_TIMEOUT_S = 1200.0
 
 
 class _Handler(socketserver.StreamRequestHandler):

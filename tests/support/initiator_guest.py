@@ -26,7 +26,7 @@ COMMANDS = Path("/run/iscsiadm.log")
 """Every command line of iscsiadm since the guest was booted."""
 _DAEMON_LOG = Path("/run/iscsid.log")
 _RECORDS = Path("/etc/iscsi/nodes")
-_TIMEOUT_S = 480.0
+_TIMEOUT_S = 900.0
 _BLOCK_BYTES = 4096
 _PLACES = 64
 _PROGRAMS = {

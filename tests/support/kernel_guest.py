@@ -34,7 +34,7 @@ _MODULES = (
     *_EARLY, "ext4", "fuse", "loop", "crc32c_generic", "crct10dif_generic", "crc64_rocksoft_generic",
     "sd_mod", "iscsi_tcp", "configfs", "target_core_mod", "target_core_file", "iscsi_target_mod",
 )  # fmt: skip
-_BOOT_TIMEOUT_S = 180.0
+_BOOT_TIMEOUT_S = 400.0
 DATA = Path("/data")
 """A file system of the guest's own, ext4 on a disk."""
 DATA_BYTES = 1024**3
