@@ -32,7 +32,7 @@ from support.service_manager import ServiceManager
 
 START_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 40
-UPGRADE_TIMEOUT_S = 90
+UPGRADE_TIMEOUT_S = 240
 _PYTHON = sys.executable
 FUSE_CHILD = ("support.fuse_child",)
 API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
