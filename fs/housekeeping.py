@@ -155,6 +155,15 @@ class Housekeeping:
         nursery.start_soon(record.run)
         nursery.start_soon(recheck.run)
         rejected = RejectedPages(self._db, self.blocks, nursery)
+        await self._rounds(
+            operations, provisional, rejected, keeping, reconciler, snapshots, promotion
+        )
+
+    async def _rounds(
+        self, operations: Operations, provisional: ProvisionalImages, rejected: RejectedPages,
+        keeping: Keeping, reconciler: Reconciler, snapshots: Snapshots, promotion: Promotion,
+    ) -> None:  # fmt: skip
+        """Let everybody look at the state, again and again, until cancelled."""
         sizes = ManifestSizes(self._db, self._images)
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
