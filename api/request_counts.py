@@ -1,5 +1,7 @@
 """Requests of the API as each worker counts them: how many, how they ended, how long they took."""
 
+import logging
+import os
 import threading
 from pathlib import Path
 from time import perf_counter
@@ -8,6 +10,8 @@ from typing import Any
 import falcon
 
 from stratocache.fs.counts import WRITE_INTERVAL_S, Counts, take_slot
+
+log = logging.getLogger(__name__)
 
 _UNMATCHED = "unmatched"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -20,8 +24,13 @@ class RequestCounts:
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._counts = Counts(directory, take_slot(directory, "api"))
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            name = take_slot(directory, "api")
+        except OSError as error:
+            log.warning("requests are not counted: %s", error)
+            name = f"api-of-{os.getpid()}"
+        self._counts = Counts(directory, name)
         self._ending = threading.Event()
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:

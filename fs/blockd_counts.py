@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -22,7 +22,8 @@ class BlockdCounts:
     """Keeps the counts of this process; belongs to one trio loop. Opening reads a small file."""
 
     def __init__(self, directory: Path, db: Database, chunks: ChunkStore, io: DiskIo) -> None:
-        directory.mkdir(mode=0o700, exist_ok=True)
+        with suppress(OSError):  # then nothing is written, and everything else goes on
+            directory.mkdir(mode=0o700, exist_ok=True)
         self._counts = Counts(directory, "blockd")
         self._db = db
         self._chunks = chunks

@@ -22,6 +22,7 @@ from support.api_daemon import (
 from support.exposition import families, samples, value
 
 from stratocache.api import metric_catalogue as catalogue
+from stratocache.cache.configuration import Configuration
 from stratocache.fs.counts import Counts, read_all, take_slot
 from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.state import Database, record_event
@@ -144,6 +145,18 @@ def test_a_new_worker_goes_on_from_the_old_ones_counts(tmp_path: Path) -> None:
     }  # fmt: skip
     (durations,) = found.durations.values()
     assert sum(durations.counts) == 3 and durations.sum_s == pytest.approx(0.006)
+
+
+def test_requests_are_answered_when_nothing_can_be_counted(configuration: Configuration) -> None:
+    """A place for counts that cannot be used costs the counts alone, and the log says so."""
+    (configuration.run_dir / "counts").write_text("in the way")
+    api = Api(configuration)
+    with api.caller() as requests:
+        assert requests("GET", "/healthz").status_code == 200
+        text = requests("GET", "/metrics").text
+    api.db.close()
+
+    assert value(text, "part_up", part="state") == 1
 
 
 def test_counts_that_cannot_be_read_are_begun_anew(api: Api, root: Requests) -> None:

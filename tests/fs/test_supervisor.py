@@ -200,7 +200,7 @@ def test_termination_leaves_nothing(appliance: Supervised) -> None:
         assert appliance.mounts() == 0
         assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
         assert sorted(path.name for path in appliance.directory.path.iterdir()) == [
-            "blocks", "boot-id", "live", "serve.lock",
+            "blocks", "boot-id", "counts", "live", "serve.lock",
         ]  # fmt: skip
 
 
