@@ -4,8 +4,10 @@ The stages, what is on disk in each, and what a crash leaves are described in FE
 """
 
 import logging
+import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -31,7 +33,14 @@ from stratocache.cache.errors import (
 from stratocache.cache.images import Draft, ImageStore
 from stratocache.cache.ingestion import Batch, Consumer, chunks_of, chunks_of_sparse_file, ingest
 from stratocache.cache.manifest import Manifest
-from stratocache.cache.origin import Backoff, HttpOrigin, Progress, SizeLimit, open_file
+from stratocache.cache.origin import (
+    Backoff,
+    HttpOrigin,
+    OriginBusy,
+    Progress,
+    SizeLimit,
+    open_file,
+)
 from stratocache.cache.room import CacheSpace, RoomMaker
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Stage
@@ -43,6 +52,8 @@ ALGORITHMS = ("sha512", "sha256", "sha1", "md5")
 _STRONG = frozenset({"sha256", "sha512"})
 _COMPRESSED_MARGIN_BYTES = 1024**2
 _FAILURES_NAMED = 10
+_WAIT_MAX_S = 3.0
+"""For one location, while there are others: a guest may wait for a repair."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +134,26 @@ class Fetcher:
         judge(entry, self._image_bytes_max)
         stage = self._stage(entry.identifier)
         failures: list[tuple[str, StratocacheError]] = []
-        for location in self._ordered(entry, stage):
+        locations = deque(self._ordered(entry, stage))
+        # who wants to be left alone for long is asked again after all others have failed
+        wait_max_s = _WAIT_MAX_S if len(locations) > 1 else math.inf
+        busy: list[str] = []
+        while locations:
+            location = locations.popleft()
             try:
-                return await self._fetch_from(location, entry, stage, progress, there)
+                return await self._fetch_from(location, entry, stage, progress, there, wait_max_s)
             except (NotFound, Refused, OriginFailed, NotVerified) as error:
                 log.warning("image %s from %s: %s", entry.identifier, location, error)
-                failures.append((location, error))
+                if isinstance(error, OriginBusy):
+                    busy.append(location)
+                else:
+                    failures.append((location, error))
                 await trio.to_thread.run_sync(stage.remove)
             except Exception:
                 await trio.to_thread.run_sync(stage.remove)
                 raise
+            if not locations:
+                locations, busy, wait_max_s = deque(busy), [], math.inf
         raise combined(entry, failures)
 
     async def remake(self, entry: Entry) -> None:
@@ -188,8 +209,9 @@ class Fetcher:
         return sorted(entry.locations, key=lambda location: location != known)
 
     async def _fetch_from(
-        self, location: str, entry: Entry, stage: Stage, progress: Progress, there: Manifest | None
-    ) -> FetchedImage:
+        self, location: str, entry: Entry, stage: Stage, progress: Progress, there: Manifest | None,
+        wait_max_s: float,
+    ) -> FetchedImage:  # fmt: skip
         if urlsplit(location).scheme == "file":
             with closing(await trio.to_thread.run_sync(open_file, location)) as file:
                 total = os.fstat(file.fileno()).st_size
@@ -202,7 +224,9 @@ class Fetcher:
                 made = await self._make(file, entry, stage, read_progress, there)
                 self._traffic.moved(entry.identifier, total)
                 return made
-        continued = await self.http.download(location, stage, source_limit(entry), progress)
+        continued = await self.http.download(
+            location, stage, source_limit(entry), progress, wait_max_s=wait_max_s
+        )
         try:
             return await self._make_from_stage(entry, stage, there)
         except NotVerified as error:
@@ -211,7 +235,8 @@ class Fetcher:
             # The parts may be of two files, or hurt by a power cut; the whole may still be right.
             log.warning("%s was continued and is not verified (%s); again", location, error)
         await trio.to_thread.run_sync(stage.remove)
-        await self.http.download(location, stage, source_limit(entry), progress)
+        limit = source_limit(entry)
+        await self.http.download(location, stage, limit, progress, wait_max_s=wait_max_s)
         return await self._make_from_stage(entry, stage, there)
 
     async def _make_from_stage(

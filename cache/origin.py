@@ -6,6 +6,7 @@ else from the first byte. No HEAD is sent. Redirects are followed to http and ht
 """
 
 import logging
+import math
 import os
 import re
 import stat
@@ -83,6 +84,10 @@ class _StartOver(_Passing):
     """What has been downloaded cannot be continued."""
 
 
+class OriginBusy(OriginFailed):
+    """A location that wants to be left alone for longer than somebody would wait."""
+
+
 class HttpOrigin:
     """Downloads from HTTP(S) locations into stages, appending `piece_bytes` or more at a time."""
 
@@ -105,11 +110,13 @@ class HttpOrigin:
         self._timeout = httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s)
 
     async def download(
-        self, location: str, stage: Stage, limit: SizeLimit, progress: Progress
-    ) -> bool:
+        self, location: str, stage: Stage, limit: SizeLimit, progress: Progress,
+        *, wait_max_s: float = math.inf,
+    ) -> bool:  # fmt: skip
         """Complete `stage.source`; tell whether bytes of an earlier request are part of it.
 
-        `attempts` failures in a row that bring next to nothing end it. Raises `NotFound`
+        `attempts` failures in a row that bring next to nothing end it, and `OriginBusy` a pause of
+        more than `wait_max_s`. Raises `NotFound`
         (`location-not-found`), `Refused` (`location-refused`), `OriginFailed` (`origin-failed`),
         `NotVerified` (`size-mismatch`), `NoSpace` (`no-space`).
         """
@@ -131,8 +138,13 @@ class HttpOrigin:
                     ) from None
                 if isinstance(error, _StartOver):
                     await trio.to_thread.run_sync(stage.drop)
+                pause_s = self._backoff.pause_s(failures, error.retry_after_s)
+                if pause_s > wait_max_s:
+                    raise OriginBusy(
+                        "origin-failed", f"{error}, to be asked again in {pause_s:.0f} s."
+                    ) from None
                 log.info("%s: %s; trying again", location, error)
-                await trio.sleep(self._backoff.pause_s(failures, error.retry_after_s))
+                await trio.sleep(pause_s)
 
     async def _attempt(
         self, location: str, stage: Stage, source: Source | None, limit: SizeLimit,

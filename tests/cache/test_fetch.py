@@ -224,6 +224,26 @@ def test_the_next_location_is_taken(host: Host, origin: OriginServer) -> None:
     assert [request.path for request in origin.log] == ["/missing", "/wrong", "/right"]
 
 
+def test_a_busy_location_keeps_nobody_from_another(
+    host: Host, origin: OriginServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that wants to be asked again later than one would wait is passed over, and asked again
+    when no other has the image."""
+    data = os.urandom(MIB)
+    monkeypatch.setattr("stratocache.cache.fetch._WAIT_MAX_S", 0.01)  # of pauses of 0.02 s
+    later = Fault(status=429, headers={"Retry-After": "3600"})
+    busy = origin.add("/busy", Resource(data, faults=deque([later])))
+    good = origin.add("/good", data)
+
+    host.fetch(_entry(data, busy, good))
+    assert [request.path for request in origin.log] == ["/busy", "/good"]
+
+    host.images.remove(IDENTIFIER)
+    origin.resources["/busy"].faults.append(later)
+    host.fetch(_entry(data, busy, origin.url + "/gone"))
+    assert [request.path for request in origin.log][2:] == ["/busy", "/gone", "/busy"]
+
+
 def test_a_cut_download_is_not_fetched_twice(host: Host, origin: OriginServer) -> None:
     """A connection cut in the middle costs no byte."""
     image = _image()
