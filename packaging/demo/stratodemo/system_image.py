@@ -18,7 +18,10 @@ IMAGE_BYTES = 320 * 1024**2
 ROOT_LABEL = "stratocache-root"
 
 _RECIPE = Path(__file__).parent / "system"
-_KERNEL_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"
+# no_timer_check: a busy host does not give the emulated timer its turn in time, Linux panics over it
+_KERNEL_COMMAND_LINE = (
+    "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on no_timer_check"
+)
 _GRUB_CONFIGURATION = f"""\
 set root=(hd0,msdos1)
 linux /boot/vmlinuz {_KERNEL_COMMAND_LINE}
