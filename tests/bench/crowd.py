@@ -76,7 +76,13 @@ def _launch(
 
         def launch(instance: str) -> Any:
             body = {"reference": published.identifier, "instance": instance}
-            status, answer = appliance.request("POST", "/v1/launches?wait=120", body)
+            status, answer = appliance.request("POST", "/v1/launches?wait=60", body)
+            while status == 202:
+                status, answer = appliance.request("GET", f"/v1/operations/{answer['id']}?wait=60")
+                assert answer["state"] in ("pending", "running", "done"), answer
+                if answer["state"] == "done":
+                    return appliance.request("GET", f"/v1/launches/{instance}")[1]
+                status = 202
             assert status == 201, answer
             return answer
 
