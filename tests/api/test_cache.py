@@ -76,10 +76,12 @@ def test_commands_show_sizes_and_holders(configuration: Configuration) -> None:
         assert "scrubber:            idle; 0 chunks" in status
         header, line = plan.splitlines()[-2:]
         assert header.split("\t") == [
-            "#", "IMAGE", "SIZE", "LAST USED", "FREES", "REFETCH", "KEPT BY", "TITLE"
+            "#", "IMAGE", "STATE", "SIZE", "LAST USED", "FREES", "BOOT SET",
+            "REFETCH", "KEPT BY", "TITLE",
         ]  # fmt: skip
         assert line.split("\t") == [
-            "-", IMAGE_ID, "4 MiB", "-", "0 B", "4 MiB from 127.0.0.1", "pinned", "a small system"
+            "-", IMAGE_ID, "verified", "4 MiB", "-", "0 B", "-", "4 MiB from 127.0.0.1", "pinned",
+            "a small system",
         ]  # fmt: skip
         assert json.loads(run("cache", "plan", "--json"))["images"][0]["pinned"] is True
     assert cache_commands.promise_line(account).startswith(
