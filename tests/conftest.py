@@ -66,6 +66,8 @@ def closed_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Take down the processes, mounts and loop devices of sessions that are dead."""
+    # what a shell starts in the background ignores Ctrl-C, and so would all commands under test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.geteuid() != 0:
         return
     for pid, text in _processes():

@@ -137,7 +137,7 @@ class KeepHost:
         self.configuration = Configuration(
             state_dir=root / "state",
             run_dir=root / "run",
-            fetch=FetchSettings(attempts=1),
+            fetch=FetchSettings(attempts=1, quiet_s=0.5),
             space=SpaceSettings(reserve_bytes=0),
             cache=CacheSettings(max_bytes=max_bytes, hysteresis_ratio=hysteresis_ratio),
             catalogues={"stratuslab": CatalogueSettings(endpoint=root.as_uri())},
