@@ -11,7 +11,14 @@ from support.keep_daemon import ROOT, KeepDaemon, KeepHost
 from stratocache.cache import bootset
 from stratocache.cache.catalogue import Standing
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.fs import cache_check, disk_intents, intents, inventory, withdrawal
+from stratocache.fs import (
+    cache_check,
+    disk_intents,
+    intents,
+    inventory,
+    provisional,
+    withdrawal,
+)
 from stratocache.fs.eviction import request_eviction
 from stratocache.fs.keep_plan import eviction_plan
 from stratocache.fs.records import DiskRequest
@@ -95,8 +102,11 @@ def test_room_is_made_down_to_the_boot_set_first(host: KeepHost) -> None:
     assert not {"chunk.lost", "chunk.repaired"} & set(kinds)
 
 
-def test_a_skeleton_boots_without_its_origin_and_is_whole_again_with_it(host: KeepHost) -> None:
+def test_a_skeleton_boots_without_its_origin_and_is_whole_again_with_it(
+    host: KeepHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clone reads the boot set at once; what else it reads comes, and so does the rest."""
+    monkeypatch.setattr(provisional, "RETRY_S", 0.2)
     cold = _add(host, 1, (0, 2))
     content = host.shelf.contents[cold]
 
