@@ -26,6 +26,16 @@ _DAMAGE = frozenset({
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
+def chunk_file(directory: Path, digest: bytes) -> Path:
+    """Return where a chunk's file is, or would be, below the store's directory."""
+    return directory / _relative_name(digest)
+
+
+def _relative_name(digest: bytes) -> str:
+    name = digest.hex()
+    return f"{name[0]}/{name[1]}/{name}"
+
+
 class Written(NamedTuple):
     """A chunk whose file is there already; given to diskcache in place of its bytes."""
 
@@ -53,8 +63,7 @@ class ChunkDisk(diskcache.Disk):  # type: ignore[misc]
 
     def filename(self, key: bytes, value: object = None) -> tuple[str, str]:
         """Return a digest's file name, relative and absolute."""
-        name = key.hex()
-        relative = f"{name[0]}/{name[1]}/{name}"
+        relative = _relative_name(key)
         return relative, f"{self._directory}/{relative}"
 
     def store(self, value: Written, read: bool, key: bytes) -> tuple[int, int, str, None]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stratocache.cache import seals
+from stratocache.cache.chunkindex import chunk_file
 from stratocache.cache.chunks import CHUNK_BYTES, DIGEST_BYTES, zero_digest
 from stratocache.cache.manifest import Manifest
 
@@ -74,15 +75,10 @@ def _stored(
         start = index * DIGEST_BYTES
         if digests[start] % shares == share:
             digest = digests[start : start + DIGEST_BYTES]
-            if there and not _chunk_path(state_dir, digest).exists():
+            if there and not chunk_file(state_dir / "chunks", digest).exists():
                 continue
             if digest != zero and not (index == last and manifest.is_zero(last)):
                 yield digest[: DIGEST_BYTES // 2], manifest.chunk_bytes(index)
-
-
-def _chunk_path(state_dir: Path, digest: bytes) -> Path:
-    name = digest.hex()
-    return state_dir / "chunks" / name[0] / name[1] / name
 
 
 def _file_bytes(state_dir: Path, name: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stratocache.cache import seals
+from stratocache.cache.chunkindex import chunk_file
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.manifest import Manifest
@@ -69,7 +70,7 @@ class Bases:
     ) -> Iterator[Finding]:  # fmt: skip
         missing, corrupt = [], []
         for digest in dict.fromkeys(manifest.stored()):
-            path = self._chunk(digest)
+            path = chunk_file(self.state_dir / "chunks", digest)
             try:
                 size_bytes = path.stat().st_size
             except FileNotFoundError:
@@ -93,10 +94,6 @@ class Bases:
                 f"{_chunks(corrupt)} of {name} not what the digest says; {_needed(users)}: fetch "
                 "it again.",
             )  # fmt: skip
-
-    def _chunk(self, digest: bytes) -> Path:
-        name = digest.hex()
-        return self.state_dir / "chunks" / name[0] / name[1] / name
 
 
 def _needed(users: Sequence[str]) -> str:

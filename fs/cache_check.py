@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stratocache.cache import seals
-from stratocache.cache.chunkindex import INCOMING
+from stratocache.cache.chunkindex import INCOMING, chunk_file
 from stratocache.cache.chunks import DIGEST_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
@@ -141,7 +141,7 @@ class _CacheCheck:
         found = {}
         for digest in digests:
             with suppress(FileNotFoundError):
-                found[digest] = self._chunk_path(digest).lstat().st_size
+                found[digest] = chunk_file(self._state_dir / "chunks", digest).lstat().st_size
         return found
 
     def _check_manifests(self, published: set[str]) -> None:
@@ -187,7 +187,7 @@ class _CacheCheck:
                 )  # fmt: skip
 
     def _look(self, digest: bytes, size_bytes: int) -> str:
-        path = self._chunk_path(digest)
+        path = chunk_file(self._state_dir / "chunks", digest)
         try:
             if path.lstat().st_size != size_bytes:
                 return "corrupt"
@@ -199,10 +199,6 @@ class _CacheCheck:
             return "corrupt"
         self._report.chunks += 1
         return "right"
-
-    def _chunk_path(self, digest: bytes) -> Path:
-        name = digest.hex()
-        return self._state_dir / "chunks" / name[0] / name[1] / name
 
     def _account(self, named: set[str], coming: set[str]) -> None:
         """Find a reason for every file; what has none is a leak."""

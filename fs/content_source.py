@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stratocache.cache import seals
+from stratocache.cache.chunkindex import chunk_file
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
@@ -90,10 +91,9 @@ class ManifestSource:
             start = last
 
     def _chunk(self, digest: bytes) -> bytes:
-        name = digest.hex()
         code, fault = "chunk-corrupt", "damaged"
         try:
-            data = (self._state_dir / "chunks" / name[0] / name[1] / name).read_bytes()
+            data = chunk_file(self._state_dir / "chunks", digest).read_bytes()
             if hashlib.sha256(data).digest() == digest:
                 return data
         except FileNotFoundError:
@@ -104,7 +104,7 @@ class ManifestSource:
         if found is None:
             raise NotVerified(
                 code,
-                f"Chunk {name} is {fault}, and no image gives it; see `stratocache cache status`.",
+                f"Chunk {digest.hex()} is {fault}, and no image gives it; see `stratocache cache status`.",
             )
         return found
 

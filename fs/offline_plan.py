@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stratocache.cache import seals
+from stratocache.cache.chunkindex import chunk_file
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.manifest import Manifest
@@ -69,9 +70,7 @@ def _missing(state_dir: Path, manifest: Manifest) -> Iterator[int]:
 
 def is_there(state_dir: Path, digest: bytes, size_bytes: int) -> bool:
     """Tell whether a chunk has a file of the right length."""
-    name = digest.hex()
     try:
-        path = state_dir / "chunks" / name[0] / name[1] / name
-        return path.lstat().st_size == size_bytes
+        return chunk_file(state_dir / "chunks", digest).lstat().st_size == size_bytes
     except FileNotFoundError:
         return False
