@@ -24,6 +24,7 @@ from stratocache.api.resources.images import (
 )
 from stratocache.api.resources.launches import LaunchCollection, LaunchItem, LaunchLease
 from stratocache.api.resources.operations import OperationCollection, OperationItem
+from stratocache.api.resources.sharing import ChunkItem, ImageManifest
 from stratocache.api.resources.snapshots import (
     DiskSave,
     SnapshotCollection,
@@ -33,6 +34,7 @@ from stratocache.api.resources.snapshots import (
 from stratocache.api.service import Service
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.run_directory import RunDirectory
+from stratocache.fs.shared_images import SharedImages
 from stratocache.fs.state import Database
 
 _OPEN_PATHS = ("/healthz", "/readyz")
@@ -75,6 +77,9 @@ def create_app(
     app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
     app.add_route("/v1/images/{image_id}/bootset", ImageBootSet(service))
     app.add_route("/v1/images/{image_id}/verify", ImageVerification(service))
+    shared = SharedImages(configuration, db)
+    app.add_route("/v1/images/{image_id}/manifest", ImageManifest(shared))
+    app.add_route("/v1/chunks/{digest}", ChunkItem(shared))
     app.add_route("/v1/disks", DiskCollection(service))
     app.add_route("/v1/disks/{uuid}", DiskItem(service))
     app.add_route("/v1/disks/{uuid}/content", DiskContent(service))

@@ -37,15 +37,37 @@ def cache() -> None:
 @json_option
 @click.pass_obj
 def status(session: Session) -> None:
-    """Show the bytes by kind, what is promised, the scrubber, and what is lost."""
+    """Show the bytes by kind, what is promised, the scrubber, the peers, and what is lost."""
     account = session.client.get("/v1/cache")
     lines = [space_lines(account), saved_lines(account), scrub_line(account["scrub"])]
+    lines += _peer_lines(account)
     lines += [
         f"LOST: {item['kind']} {plain(item['name'])} of {', '.join(item['images'])}, needed by "
         f"{item['disk_count']} disks: {plain(item['reason'])}"
         for item in account["losses"]
     ]
     session.show(account, "\n".join(lines))
+
+
+def _peer_lines(account: "Document") -> list[str]:
+    """Return a line for each peer, and one for what they were given."""
+    lines = []
+    for peer in account["peers"]:
+        resting = f", left alone until {peer['rests_until']}" if peer["rests_until"] else ""
+        fault = f": {plain(peer['fault'])}" if peer["fault"] else ""
+        lines.append(
+            f"peer {peer['host']} ({peer['location']}): asked {peer['asked']}, served "
+            f"{peer['served']}, failed {peer['failed']}, {format_size(peer['received_bytes'])}"
+            f"{resting}{fault}"
+        )
+    given = account["peer_service"]
+    if any(given.values()):
+        lines.append(
+            f"to peers: {given['chunks']} chunks, {given['manifests']} manifests, "
+            f"{format_size(given['sent_bytes'])}; absent {given['absent']}, busy {given['busy']}, "
+            f"refused {given['refused']}"
+        )
+    return lines
 
 
 @cache.command()

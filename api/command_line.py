@@ -29,6 +29,7 @@ _COMMANDS = {
     "disk": ("stratocache.api.disk_commands", "Persistent disks."),
     "cache": ("stratocache.api.cache_commands", "Space, and what holds it."),
     "pool": ("stratocache.api.pool_commands", "An XFS file as state directory."),
+    "peers": ("stratocache.api.peer_commands", "Hosts that give each other images."),
     "operation": ("stratocache.api.operation_commands", "Work under way."),
     "marketplace": ("stratocache.api.marketplace_commands", "Publish and check metadata."),
 }

@@ -387,6 +387,41 @@ def _listens(path: Path) -> bool:
     return True
 
 
+def peers_finding(name: str, configuration: Configuration) -> Finding:
+    """Judge what asking and serving peers needs; raises `StratocacheError` for a file that cannot be
+    used."""
+    settings = configuration.peers
+    if not settings.hosts and not settings.listen:
+        return Finding(name, Verdict.OK, "none are configured")
+    from stratocache.api import peer_check  # its libraries take long to import
+
+    peer_check.require_files(settings)
+    faults = peer_check.unreachable(settings)
+    if faults:
+        named = "; ".join(f"{peer}: {fault}" for peer, fault in sorted(faults.items()))
+        return Finding(
+            name, Verdict.WARN, named,
+            "Mend what is named: start that host, give both the same token and authority.",
+        )  # fmt: skip
+    status = read_status(RunDirectory(configuration.run_dir).supervisor_status)
+    if settings.listen and status is not None:
+        serving = status.children.get("peers")
+        if serving is None or not serving.ready:
+            return Finding(
+                name, Verdict.WARN, "the running daemon does not serve peers",
+                f"Restart it if peers.listen is new; else its log says why port {settings.port} "
+                "cannot be used.",
+            )  # fmt: skip
+    days = peer_check.certificate_days(settings)
+    if days is not None:
+        return Finding(
+            name, Verdict.WARN, f"the certificate is valid for {days:.0f} days",
+            "Run `stratocache peers init` again and copy what it makes.",
+        )  # fmt: skip
+    served = f"served on port {settings.port}" if settings.listen else "not served"
+    return Finding(name, Verdict.OK, f"all of {', '.join(settings.hosts) or 'none'}; {served}")
+
+
 def _daemon(name: str, configuration: Configuration) -> Finding:
     status = read_status(RunDirectory(configuration.run_dir).supervisor_status)
     if status is None:
@@ -430,5 +465,6 @@ _CHECKS: dict[str, Callable[[str, Configuration], Finding]] = {
     "clock": _clock,
     "group": _group,
     "portal": _portal,
+    "peers": peers_finding,
     "daemon": _daemon,
 }

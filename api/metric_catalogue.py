@@ -71,8 +71,10 @@ DISKS: tuple[Metric, ...] = (
 """The same, by disk; shown to administrators, as all that names a disk."""
 
 TALLIED: tuple[Metric, ...] = (
-    _counter("fetch_remote_bytes", "Bytes moved from origins, as they sent them.",
+    _counter("fetch_remote_bytes", "Bytes moved from origins and peers, as they sent them.",
              source="remote_bytes"),
+    _counter("fetch_peer_bytes", "Of fetch_remote_bytes, those that peers sent.",
+             source="peer_bytes"),
     _counter("fetch_wait_seconds", "Time that readers waited for chunks to be fetched, together.",
              source="remote_wait_s"),
     _counter("fetch_chunks", "Chunks that were fetched singly, for a reader or in the background.",

@@ -150,6 +150,7 @@ class ImageDetails(ImageView):
     """An image, what it cost to fetch, and what was made of it."""
 
     remote_bytes: int
+    peer_bytes: int
     remote_wait_s: float
     dedup_bytes: int
     shared_bytes: int | None

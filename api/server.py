@@ -40,18 +40,23 @@ class Server(BaseApplication):  # type: ignore[misc]
         settings: dict[str, Any] = {
             "bind": f"fd://{self._listen_fd}",
             "worker_class": "gthread",
-            "workers": self._configuration.api.workers,
-            "threads": self._configuration.api.threads,
             "graceful_timeout": _GRACE_S,
             "loglevel": self._configuration.log_level,
-            "proc_name": "stratocache-api",
             "worker_tmp_dir": str(self._configuration.run_dir),
             "control_socket_disable": True,
             "post_worker_init": self._report,
             "worker_exit": self._end,
         }
-        for name, value in settings.items():
+        for name, value in {**settings, **self.options(self._configuration)}.items():
             self.cfg.set(name, value)
+
+    def options(self, configuration: Configuration) -> dict[str, Any]:
+        """Return the options that are this server's own."""
+        return {
+            "workers": configuration.api.workers,
+            "threads": configuration.api.threads,
+            "proc_name": "stratocache-api",
+        }
 
     def _report(self, worker: object) -> None:
         with suppress(BrokenPipeError):  # a later worker; nobody asks any more
@@ -69,15 +74,18 @@ class Server(BaseApplication):  # type: ignore[misc]
 
     def load(self) -> Any:
         """Make the application, once in each worker, after the fork."""
-        self._requests = RequestCounts(RunDirectory(self._configuration.run_dir).counts)
+        return self.application(self._configuration, Database(self._configuration.database))
+
+    def application(self, configuration: Configuration, db: Database) -> Any:
+        """Return what is served."""
+        self._requests = RequestCounts(RunDirectory(configuration.run_dir).counts)
         self._requests.write_on()
-        database = Database(self._configuration.database)
-        return create_app(self._configuration, database, self._requests)
+        return create_app(configuration, db, self._requests)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(prog="stratocache.api.server", description=__doc__)
+def serve(server: type[Server], name: str, arguments: list[str] | None) -> None:
+    """Run a kind of server until SIGTERM; `name` is what its log calls it."""
+    parser = argparse.ArgumentParser(prog=server.__module__)
     parser.add_argument("--config-json", type=Path, required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
@@ -85,13 +93,18 @@ def main(arguments: list[str] | None = None) -> None:
     configuration = Configuration.model_validate_json(parsed.config_json.read_bytes())
     logging.basicConfig(
         level=configuration.log_level.upper(),
-        format="%(asctime)s api %(levelname)s %(name)s: %(message)s",
+        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
     )
     db = Database(configuration.database)
     db.migrate()
     db.close()
     os.umask(0o077)
-    Server(configuration, parsed.listen_fd, parsed.ready_fd).run()
+    server(configuration, parsed.listen_fd, parsed.ready_fd).run()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve the API until SIGTERM."""
+    serve(Server, "api", arguments)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ class ChunkOrigin(Protocol):
     def run_max(self) -> int:
         """How many adjacent chunks one request may ask for."""
 
+    @property
+    def of_peer(self) -> bool:
+        """Whether it is another host, which may have the chunk, and not what the entry names."""
+
     async def read(self, wanted: Sequence[Wanted], deliver: Deliver, moved: Moved) -> None:
         """Deliver adjacent chunks in order.
 
@@ -108,6 +112,7 @@ class RangeOrigin:
 
     run_max = 4
     """2 MiB: long enough to fill a link, short enough that a guest's read does not wait behind."""
+    of_peer = False
 
     def __init__(
         self, location: str, image_bytes: int, client: httpx.AsyncClient, timeout: httpx.Timeout
@@ -184,6 +189,7 @@ class CastrOrigin:
     """A casync chunk store: one zstd file per chunk, `abcd/<digest in hexadecimal>.cacnk`."""
 
     run_max = 1
+    of_peer = False
 
     def __init__(self, location: str, client: httpx.AsyncClient, timeout: httpx.Timeout) -> None:
         self.location = location

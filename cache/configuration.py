@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from stratocache.cache.errors import InvalidInput
 
@@ -141,6 +141,44 @@ class RecheckSettings(_Table):
     """Between two questions, whatever they are about."""
 
 
+def _known_port(host: str) -> str:
+    port = host.rpartition(":")[2]
+    if port.isdecimal() and not 0 < int(port) < 2**16:
+        raise ValueError(f"{port} is no port")
+    return host
+
+
+PeerHost = Annotated[
+    str,
+    Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]{0,252})(:[0-9]{1,5})?$"),
+    AfterValidator(_known_port),
+]
+
+
+class PeersSettings(_Table):
+    """Hosts that give each other what they have of images (`PEERS.md`)."""
+
+    hosts: Annotated[tuple[PeerHost, ...], Field(max_length=256)] = ()
+    """`NAME`, `NAME:PORT`, `ADDRESS` or `[ADDRESS6]:PORT`; all addresses of a name are asked. This
+    host may be among them."""
+    listen: str = ""
+    """Address to serve peers on, such as `0.0.0.0` or `::`; empty = peers are not served."""
+    port: Port = 8460
+    """To listen on, and of hosts that are given without one."""
+    token_file: Path = Path("/etc/stratocache/peers/token")
+    """Mode 0600; the first line is sent to peers, every line is accepted from them."""
+    ca_file: Path = Path("/etc/stratocache/peers/ca.pem")
+    """The only authorities whose certificates are believed to be peers'."""
+    certificate_file: Path = Path("/etc/stratocache/peers/host.pem")
+    key_file: Path = Path("/etc/stratocache/peers/host.key")
+    timeout_s: Annotated[float, Field(gt=0, le=8)] = 2
+    """For each 512 KiB that a peer is asked for; one that takes longer is left alone for a while."""
+    serve_bytes_per_s: Annotated[int, Field(ge=1024**2)] = 100 * 1024**2
+    """What all peers together are served, so that guests come first."""
+    serve_parallel: Annotated[int, Field(ge=1, le=64)] = 8
+    """Requests of peers that are answered at a time; others are told to ask elsewhere."""
+
+
 class QuarantineSettings(_Table):
     """Volatile disks of instances that have failed."""
 
@@ -163,6 +201,7 @@ class Configuration(_Table):
     cache: CacheSettings = CacheSettings()
     scrub: ScrubSettings = ScrubSettings()
     recheck: RecheckSettings = RecheckSettings()
+    peers: PeersSettings = PeersSettings()
     quarantine: QuarantineSettings = QuarantineSettings()
 
     @property

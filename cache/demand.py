@@ -8,7 +8,6 @@ order of things, the limits, and what happens when an origin fails.
 import hashlib
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +30,8 @@ from stratocache.cache.growing import GrowingManifest
 from stratocache.cache.images import UNKNOWN_DIGEST, ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.origin_health import OriginHealth
+from stratocache.cache.peers import Peers
 from stratocache.cache.qcow2_origin import Qcow2Origin
 from stratocache.cache.read_ahead import ReadAhead
 from stratocache.cache.room import CacheSpace
@@ -40,14 +41,6 @@ from stratocache.cache.traffic import READER, Traffic
 
 log = logging.getLogger(__name__)
 
-_FIRST_REST_S = 2.0
-"""For how long an origin that served something wrong is left alone; doubled each time …"""
-_REST_MAX_S = 300.0
-"""… up to this."""
-_LACKED_MAX = 3
-"""How many chunks in a row a store may lack …"""
-_LACKING_REST_S = 60.0
-"""… until it is left alone for a while, and taken for none: there may be none beside the index."""
 _TRIES = 4
 """How often one that rests is asked all the same while somebody waits for what only it has."""
 
@@ -106,31 +99,6 @@ class _Flight:
     """Why it did not arrive; None also when others may well try again."""
 
 
-@dataclass
-class _Health:
-    """What an origin did lately."""
-
-    failures: int = 0
-    """In a row, that may pass."""
-    wrongs: int = 0
-    """That are no accident; every success halves their number."""
-    lacked: int = 0
-    """Chunks in a row that it does not have."""
-    rests_until: float = 0.0
-    serves: bool = False
-    """Whether it is known to give single chunks."""
-    vain: int = 0
-    """Requests in a row that brought no chunk."""
-    whole: bool = False
-    """Whether it answered a range by the whole file."""
-
-    def note_success(self) -> None:
-        """Take note of chunks that came."""
-        self.failures = self.vain = self.lacked = 0
-        self.wrongs //= 2
-        self.serves = True
-
-
 class _Host:
     """Limits for one server: guests' requests never queue behind those of the background."""
 
@@ -158,6 +126,7 @@ class ChunkFetcher:
         traffic: Traffic | None = None,
         backoff: Backoff | None = None,
         patience: Patience | None = None,
+        peers: Peers | None = None,
     ) -> None:
         settings = configuration.fetch
         self.timeout_s = settings.demand_timeout_s
@@ -168,7 +137,9 @@ class ChunkFetcher:
         self._client = client
         self._nursery = nursery
         self._entry_of = entry_of
+        self.peers = peers
         self._backoff = backoff or Backoff()
+        self._health = OriginHealth(self._backoff) if peers is None else peers.health
         self._space = Space(configuration.state_dir, configuration.space.reserve_bytes)
         # A server that says nothing for a third of a guest's patience is given up for another one.
         quiet_s = min(settings.read_timeout_s, self.timeout_s / 3)
@@ -177,7 +148,6 @@ class ChunkFetcher:
         self._known: dict[str, _Image] = {}
         self._flights: dict[bytes, _Flight] = {}
         self._hosts: dict[str, _Host] = {}
-        self._health: defaultdict[str, _Health] = defaultdict(_Health)
         self._patience = patience or Patience(settings.quiet_s, 3 * settings.quiet_s)
         self._asking = 0
         self._quiet_at = 0.0
@@ -257,16 +227,18 @@ class ChunkFetcher:
 
     async def _obtain(self, flight: _Flight, image: _Image, wanted: Wanted) -> None:
         deadline = trio.current_time() + self.timeout_s
+        peers_until = trio.current_time() + (self.peers.timeout_s if self.peers else 0)
         done: set[str] = set()
         reason = "it has no origin that serves single chunks"
         while not flight.arrived:
             now = trio.current_time()
-            left = [origin for origin in image.origins if origin.location not in done]
+            origins = self._asked(image, wanted.digest)
+            left = [origin for origin in origins if origin.location not in done]
             if flight.patient and self._is_streamed(image):
                 left = [origin for origin in left if self._rests_until(origin) <= now]
             if not left:
                 break
-            origin = min(left, key=lambda one: max(now, self._rests_until(one)))
+            origin = min(left, key=lambda one: self._turn(one, now, peers_until))
             if flight.patient and self._rests_until(origin) > now:
                 # somebody waits: an origin that should rest for longer is better than none
                 again = min(self._rests_until(origin), now + self.timeout_s / _TRIES)
@@ -286,6 +258,19 @@ class ChunkFetcher:
                 "chunk-unreachable",
                 f"Chunk {wanted.index} of {image.entry.identifier} cannot be fetched ({reason}).",
             )
+
+    def _turn(self, origin: ChunkOrigin, now: float, peers_until: float) -> tuple[float, bool]:
+        """Return what orders origins: nobody queues for a peer, or asks one for long."""
+        busy = self._host(origin).demand.available_tokens < 1
+        return max(now, self._rests_until(origin)), origin.of_peer and (busy or now >= peers_until)
+
+    def _asked(self, image: _Image, digest: bytes) -> list[ChunkOrigin]:
+        """Return whom to ask for a chunk, in this order as far as they do not rest."""
+        if self.peers is None or isinstance(image.manifest, GrowingManifest):
+            return image.origins
+        first = self.peers.origins(image.entry.identifier, digest)
+        last = self.peers.last_resort(image.entry.identifier, digest)
+        return [*first, *image.origins, *last]
 
     async def _await_stream(self, flight: _Flight, image: _Image, deadline: float) -> str:
         """Return when the stream has brought a chunk, or no longer may; say why it failed."""
@@ -315,7 +300,8 @@ class ChunkFetcher:
                 self._room.obtain_blocking, sum(map(image.manifest.chunk_bytes, missing)),
                 limiter=self._room_limiter,
             )  # fmt: skip
-        for origin in image.origins:
+        origins = self._asked(image, image.manifest.digest(missing[0])) if missing else []
+        for origin in origins:
             if not missing:
                 break
             for run in _runs(missing, origin.run_max):
@@ -365,7 +351,7 @@ class ChunkFetcher:
         image = await self._image(image_id)
         if image is None:
             return False
-        if any(self._health[origin.location].serves for origin in image.origins):
+        if any(self._health.serves(origin.location) for origin in image.origins):
             return True
         return bool(await self.bring(image_id, [index])) or not self._is_streamed(image)
 
@@ -414,10 +400,13 @@ class ChunkFetcher:
 
     def _is_in_vain(self, origin: ChunkOrigin) -> bool:
         """Tell whether an origin does not serve single chunks, as far as is known."""
-        health = self._health[origin.location]
+        health, location = self._health, origin.location
         # a raw file is asked for ranges again after an accident, a store may never come
-        in_vain = health.whole if isinstance(origin, RangeOrigin) else health.vain > 0
-        return in_vain and not health.serves
+        if isinstance(origin, RangeOrigin):
+            in_vain = health.gave_the_whole(location)
+        else:
+            in_vain = health.was_asked_in_vain(location)
+        return in_vain and not health.serves(location)
 
     def is_awaited(self, place: Place) -> bool:
         """Tell whether somebody waits for a chunk, or fetches it; any thread may ask."""
@@ -495,13 +484,17 @@ class ChunkFetcher:
             self.traffic.asked(flight.reader, item.size_bytes)
             self._land(item.digest, flight)
 
+        def moved(count: int) -> None:
+            self.traffic.moved(identifier, count, by_peer=origin.of_peer)
+
         image.reads += 1
         try:
-            await origin.read(wanted, deliver, lambda count: self.traffic.moved(identifier, count))
+            await origin.read(wanted, deliver, moved)
         except Unavailable as error:
             if not image.gone:  # that is no fault of the origin
                 self.traffic.requested(error.kind)
-                self._note_failure(origin, error)
+                if not (origin.of_peer and error.kind == "absent"):
+                    self._health.failed(origin.location, error)
             return error
         finally:
             image.reads -= 1
@@ -509,29 +502,8 @@ class ChunkFetcher:
                 image.idle.set()
                 image.idle = trio.Event()
         self.traffic.requested("ok")
-        self._health[origin.location].note_success()
+        self._health.succeeded(origin.location)
         return None
-
-    def _note_failure(self, origin: ChunkOrigin, error: Unavailable) -> None:
-        health = self._health[origin.location]
-        health.vain += 1
-        health.whole |= error.kind == "whole"
-        if error.kind != "passing" and health.vain >= _LACKED_MAX:
-            health.serves = False
-        if error.kind == "absent":
-            health.lacked += 1
-            if health.lacked < _LACKED_MAX:
-                return
-            health.lacked = 0
-            rest_s = _LACKING_REST_S
-        elif error.kind != "passing":
-            rest_s = min(_REST_MAX_S, _FIRST_REST_S * 2.0**health.wrongs)
-            health.wrongs += 1
-        else:
-            health.failures += 1
-            rest_s = self._backoff.pause_s(health.failures, error.retry_after_s)
-        health.rests_until = trio.current_time() + rest_s
-        log.warning("%s: %s; left alone for %.1f s", origin.location, error, rest_s)
 
     def _store(self, item: Wanted, data: bytes) -> None:
         """Verify and keep a chunk; runs in a thread."""
@@ -549,7 +521,7 @@ class ChunkFetcher:
         return self._hosts.setdefault(host_of(origin.location), _Host(self._parallel))
 
     def _rests_until(self, origin: ChunkOrigin) -> float:
-        return self._health[origin.location].rests_until
+        return self._health.rests_until(origin.location)
 
     async def _image(self, image_id: str) -> _Image | None:
         known = self._known.get(image_id)

@@ -1,6 +1,7 @@
 """The chunk index that an endorser signed: fetched, and checked before anything relies on it."""
 
 import hashlib
+from functools import partial
 
 import httpx
 import trio
@@ -10,10 +11,14 @@ from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.location import read_location
 from stratocache.cache.manifest import Manifest, index_bytes
+from stratocache.cache.peers import Peers
 
 
-async def read_index(entry: Entry, client: httpx.AsyncClient, settings: FetchSettings) -> Manifest:
-    """Return the index that an entry endorses, after every check of it.
+async def read_index(
+    entry: Entry, client: httpx.AsyncClient, settings: FetchSettings, peers: Peers | None = None
+) -> Manifest:
+    """Return the index that an entry endorses, after every check of it; for a raw image, the length
+    of whose index is known, peers are asked first.
 
     Its length follows from the size of the image, or for qcow2, whose entry does not say that, from
     `fetch.max_image_bytes`: never more is read. Raises `NotVerified` (`index-mismatch`,
@@ -21,6 +26,11 @@ async def read_index(entry: Entry, client: httpx.AsyncClient, settings: FetchSet
     """
     assert entry.index is not None
     bytes_max = entry.size_bytes if entry.format == "raw" else settings.max_image_bytes
+    if peers is not None and entry.format == "raw":
+        check = partial(check_index, entry=entry, image_bytes_max=bytes_max)
+        offer = await peers.manifest(entry.identifier, index_bytes(bytes_max), check)
+        if offer is not None:
+            return offer.content
     content = await read_location(entry.index.url, index_bytes(bytes_max), client, settings)
     return await trio.to_thread.run_sync(check_index, content, entry, bytes_max)
 

@@ -8,8 +8,8 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -41,6 +41,8 @@ from stratocache.cache.origin import (
     SizeLimit,
     open_file,
 )
+from stratocache.cache.peer_image import PeerImage, offered_manifest
+from stratocache.cache.peers import Peers
 from stratocache.cache.room import CacheSpace, RoomMaker
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Stage
@@ -93,9 +95,11 @@ class Fetcher:
     def __init__(
         self, configuration: Configuration, images: ImageStore, chunks: ChunkStore,
         client: httpx.AsyncClient, *, traffic: Traffic | None = None,
-        backoff: Backoff | None = None,
+        backoff: Backoff | None = None, peers: Peers | None = None,
     ) -> None:  # fmt: skip
         self._traffic = traffic or Traffic()
+        self._peers = peers
+        self._attempts = configuration.fetch.attempts
         self._stages = configuration.state_dir / "stage"
         self._stages.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._image_bytes_max = configuration.fetch.max_image_bytes
@@ -117,8 +121,8 @@ class Fetcher:
     async def fetch(
         self, entry: Entry, progress: Progress, *, there: Manifest | None = None
     ) -> FetchedImage:
-        """Download, verify and publish an entry's image; every location is tried in order. An
-        image that is `there` already must be the same.
+        """Download, verify and publish an entry's image; peers are asked first, then every
+        location is tried in order. An image that is `there` already must be the same.
 
         `progress(done, total)` counts the bytes of the source: of the download, or of the local
         file as it is read. On failure nothing is left; when cancelled the stage stays, so that a
@@ -132,6 +136,9 @@ class Fetcher:
         """
         self._images.manifest_path(entry.identifier)
         judge(entry, self._image_bytes_max)
+        found = await self._fetch_from_peers(entry, progress, there)
+        if found is not None:
+            return found
         stage = self._stage(entry.identifier)
         failures: list[tuple[str, StratocacheError]] = []
         locations = deque(self._ordered(entry, stage))
@@ -208,6 +215,38 @@ class Fetcher:
         known = source.location if source else None
         return sorted(entry.locations, key=lambda location: location != known)
 
+    async def _fetch_from_peers(
+        self, entry: Entry, progress: Progress, there: Manifest | None
+    ) -> FetchedImage | None:
+        """Make an image of what peers have; None when they do not give what was promised.
+
+        Only what the entry's digests prove may come from them: the container of a qcow2 image is
+        what these are of, and no peer has that.
+        """
+        if self._peers is None or entry.format != "raw":
+            return None
+        offer = await offered_manifest(self._peers, entry, there)
+        if offer is None:
+            return None
+        source = PeerImage(
+            self._peers, self._chunks, entry, offer.content, self._attempts,
+            lambda count: self._traffic.moved(entry.identifier, count, by_peer=True),
+        )  # fmt: skip
+        try:
+            async with self._drafted(entry, there) as draft, source.chunks() as chunks:
+                sink = self._guarded(draft.add, self._space_for(entry))
+                digests = await self._proven(
+                    chunks, entry, sink, lambda done: progress(done, entry.size_bytes)
+                )
+        except NotVerified as error:
+            self._peers.blame(offer.peer, f"its manifest of {entry.identifier}: {error.message}")
+        except OriginFailed as error:
+            log.warning("image %s from peers: %s", entry.identifier, error)
+        else:
+            await trio.to_thread.run_sync(self._stage(entry.identifier).remove)
+            return FetchedImage(entry.identifier, entry.size_bytes, digests["sha256"])
+        return None
+
     async def _fetch_from(
         self, location: str, entry: Entry, stage: Stage, progress: Progress, there: Manifest | None,
         wait_max_s: float,
@@ -250,10 +289,19 @@ class Fetcher:
         there: Manifest | None,
     ) -> FetchedImage:  # fmt: skip
         """Verify the source, cut the image into chunks, publish it, remove the stage."""
-        draft = self._images.begin()
-        try:
+        async with self._drafted(entry, there) as draft:
             make = self._from_raw if entry.format == "raw" else self._from_qcow2
             sha256 = await make(source, entry, stage, draft, progress)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(stage.remove)
+        return FetchedImage(entry.identifier, draft.size_bytes, sha256)
+
+    @asynccontextmanager
+    async def _drafted(self, entry: Entry, there: Manifest | None) -> AsyncIterator[Draft]:
+        """Yield a draft, which is published when the block ends well and abandoned when not."""
+        draft = self._images.begin()
+        try:
+            yield draft
             manifest = draft.manifest()
             if there is not None and there != manifest:
                 raise _other_image(entry)
@@ -263,9 +311,6 @@ class Fetcher:
                 await trio.to_thread.run_sync(self._images.abandon, draft)
             raise
         self._images.finish(draft)
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(stage.remove)
-        return FetchedImage(entry.identifier, manifest.size_bytes, sha256)
 
     async def _from_raw(
         self, source: BinaryIO, entry: Entry, stage: Stage, draft: Draft,
@@ -303,10 +348,17 @@ class Fetcher:
         progress: Callable[[int], None],
     ) -> dict[str, str]:  # fmt: skip
         """Give the decompressed source to `sink`; return its digests once all are as promised."""
-        algorithms = {"sha256", *(a for a in ALGORITHMS if a in entry.digests)}
         chunks = chunks_of(
             decompressed(source, entry.compression), entry.size_bytes, overlong=overlong(entry)
         )
+        return await self._proven(chunks, entry, sink, progress)
+
+    async def _proven(
+        self, chunks: Iterator[bytes], entry: Entry, sink: Consumer,
+        progress: Callable[[int], None],
+    ) -> dict[str, str]:  # fmt: skip
+        """Give all chunks to `sink`; return their digests once all are as promised."""
+        algorithms = {"sha256", *(a for a in ALGORITHMS if a in entry.digests)}
         size_bytes, digests = await ingest(
             chunks, sink, algorithms, limiter=self._limiter, progress=progress
         )

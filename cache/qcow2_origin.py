@@ -39,6 +39,7 @@ _RANGE_BYTES_MAX = 4 * 1024**2
 class Qcow2Origin:
     """One location of a qcow2 file of `file_bytes` whose disk has `image_bytes`; `http` or `https`."""
 
+    of_peer = False
     run_max = 4
 
     def __init__(

@@ -16,6 +16,8 @@ class ImageTraffic:
 
     remote_bytes: int = 0
     """Moved over the network, or read from a location, as served."""
+    peer_bytes: int = 0
+    """Of them, that came from peers."""
     arrived_bytes: int = 0
     """Of the image, that these gave."""
     wait_s: float = 0.0
@@ -73,9 +75,11 @@ class Traffic:
         """Count a request for single chunks that has ended."""
         self.requests[outcome] += 1
 
-    def moved(self, image_id: str, size_bytes: int) -> None:
-        """Count what an origin sent."""
+    def moved(self, image_id: str, size_bytes: int, *, by_peer: bool = False) -> None:
+        """Count what an origin or a peer sent."""
         self.images[image_id].remote_bytes += size_bytes
+        if by_peer:
+            self.images[image_id].peer_bytes += size_bytes
 
     def asked(self, reader: str, size_bytes: int) -> None:
         """Count a chunk that came because a reader asked for it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stratocache.cache import seals
-from stratocache.cache.chunkindex import chunk_file
+from stratocache.cache.chunk_file import read_chunk
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
@@ -91,15 +91,12 @@ class ManifestSource:
             start = last
 
     def _chunk(self, digest: bytes) -> bytes:
-        code, fault = "chunk-corrupt", "damaged"
         try:
-            data = chunk_file(self._state_dir / "chunks", digest).read_bytes()
-            if hashlib.sha256(data).digest() == digest:
-                return data
-        except FileNotFoundError:
-            code, fault = "chunk-missing", "missing"
+            return read_chunk(self._state_dir, digest)
+        except NotVerified as error:
+            code, fault = error.code, error.code.removeprefix("chunk-")
         except OSError as error:
-            fault = f"damaged ({error.strerror})"
+            code, fault = "chunk-corrupt", f"damaged ({error.strerror})"
         found = self._chunk_of_image(digest)
         if found is None:
             raise NotVerified(

@@ -18,6 +18,7 @@ from typing import Any
 from stratocache.fs.fuse_mount import FuseMount
 from stratocache.fs.handover import own
 from stratocache.fs.holder import Holder
+from stratocache.fs.listener import listen_tcp
 from stratocache.fs.portal import Portal
 from stratocache.fs.processes import Child, Launch
 from stratocache.fs.run_directory import RunDirectory
@@ -45,16 +46,22 @@ class Settings:
     backend: Backend = "tgt"
     group: str = "stratocache"
     log_dir: Path | None = None
+    peers_address: str = ""
+    """Where peers are served; empty = nowhere."""
+    peers_port: int = 0
 
 
 class Crew:
     """The children of one supervisor. `mount` and `listener` are set before any is started.
 
-    `commands` replaces the module of `blockd` (with its first arguments) or the program of `api`.
+    `commands` replaces the module of `blockd` (with its first arguments) or the programs of `api` and
+    `peers`.
     """
 
     mount: FuseMount | None = None
     listener: socket.socket | None = None
+    peer_listener: socket.socket | None = None
+    """Made when it can be, unless a predecessor left one: nothing else waits for it."""
 
     def __init__(self, settings: Settings, commands: Mapping[str, Sequence[str]]) -> None:
         self._settings = settings
@@ -70,22 +77,30 @@ class Crew:
         self._api_command = commands.get(
             "api", [sys.executable, "-m", "stratocache.api.server"]
         )  # fmt: skip
+        self._peers_command = commands.get(
+            "peers", [sys.executable, "-m", "stratocache.api.peer_server"]
+        )  # fmt: skip
         self.holder = Child("holder", self._log_file("holder"))
         self.blockd = Child("blockd", self._log_file("blockd"))
         self.tgtd = Child("tgtd", self._log_file("tgtd"))
         self.api = Child("api", self._log_file("api"))
+        self.peers = Child("peers", self._log_file("peers"))
         self.spare = Child("spare", self._log_file("blockd"))
         self.spare.due_at = math.inf
         self._standby = Standby(
             self.blockd, self.spare, commands.get("blockd", ["stratocache.fs.blockd"])
         )
         self._holder = Holder(self.holder, self._directory.blocks if lio else None)
-        self.children = (self.holder, self.blockd, self.tgtd, self.api, self.spare)
+        asking = (self.api, self.peers) if settings.peers_address else (self.api,)
+        self.asking: tuple[Child, ...] = asking
+        """Who reads and writes the state beside `blockd`."""
+        self.children = (self.holder, self.blockd, self.tgtd, *asking, self.spare)
         self._launch: dict[Child, Callable[[], None]] = {
             self.holder: self._start_holder,
             self.blockd: self._start_blockd,
             self.tgtd: self._start_tgtd,
             self.api: self._start_api,
+            self.peers: self._start_peers,
             self.spare: self._start_spare,
         }
 
@@ -101,6 +116,12 @@ class Crew:
     def ready(self) -> bool:
         """Whether everybody does what guests and clients wait for."""
         return self.blockd.ready and self.tgtd.ready and self.api.ready
+
+    def listen_for_peers(self) -> None:
+        """Have the socket that peers connect to, if they are served; raises `OSError`."""
+        settings = self._settings
+        if self.peer_listener is None and settings.peers_address:
+            self.peer_listener = listen_tcp(settings.peers_address, settings.peers_port)
 
     def start_due(self) -> None:
         """Start whoever is due; one that cannot be started is tried again later."""
@@ -132,7 +153,7 @@ class Crew:
             return self._standby.is_ready(child)
         if child is self.tgtd:
             return _answers(self.target.control)
-        if child is self.api:
+        if child in self.asking:
             return bool(reports(child))
         return True
 
@@ -144,7 +165,8 @@ class Crew:
 
     def stop_asking(self) -> None:
         """End who asks of `blockd`, then who serves, then `blockd` itself."""
-        self.api.stop(signal.SIGTERM, STOP_TIMEOUT_S)
+        for child in self.asking:
+            child.stop(signal.SIGTERM, STOP_TIMEOUT_S)
         self.tgtd.stop(signal.SIGKILL, STOP_TIMEOUT_S)  # ignores SIGTERM with targets
         self.target.clear()
         self.drop_spare()
@@ -187,15 +209,24 @@ class Crew:
 
     def _start_api(self) -> None:
         assert self.listener is not None
-        listener = self.listener.fileno()
+        self._start_server(self.api, self._api_command, self.listener)
+
+    def _start_peers(self) -> None:
+        self.listen_for_peers()
+        assert self.peer_listener is not None
+        self._start_server(self.peers, self._peers_command, self.peer_listener)
+
+    def _start_server(self, child: Child, command: Sequence[str], listening: socket.socket) -> None:
+        """Start a server on a socket of ours, with a pipe on which it says that it serves."""
+        listener = listening.fileno()
         ours, ready = os.pipe2(os.O_CLOEXEC)
         arguments = [
             "--config-json", str(self._settings.config_json),
             "--listen-fd", str(listener), "--ready-fd", str(ready),
         ]  # fmt: skip
-        launch = Launch([*self._api_command, *arguments], descriptors=(listener, ready))
+        launch = Launch([*command, *arguments], descriptors=(listener, ready))
         try:
-            self.api.start(launch, {REPORTS_LINK: ours})
+            child.start(launch, {REPORTS_LINK: ours})
         except BaseException:
             os.close(ours)
             raise

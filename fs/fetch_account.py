@@ -28,7 +28,9 @@ class ImageAccount:
     """One image."""
 
     remote_bytes: int
-    """Moved from origins, as they sent them."""
+    """Moved from origins and peers, as they sent them."""
+    peer_bytes: int
+    """Of them, from peers."""
     remote_wait_s: float
     """That readers waited for chunks, all together."""
     dedup_bytes: int
@@ -100,6 +102,7 @@ def of_image(db: Database, image: Image) -> ImageAccount:
         complete_in_s = remaining_s((image.size_bytes or 0) - (known or 0), rate_bytes_s)
     return ImageAccount(
         remote_bytes=row.get("remote_bytes", 0),
+        peer_bytes=row.get("peer_bytes", 0),
         remote_wait_s=round(row.get("remote_wait_s", 0.0), 3),
         dedup_bytes=row.get("dedup_bytes", 0),
         stored_bytes=None if size is None else size["stored_bytes"],

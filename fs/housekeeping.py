@@ -16,6 +16,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
+from stratocache.cache.peers import Peers
 from stratocache.cache.supply import Supply
 from stratocache.cache.traffic import Traffic
 from stratocache.fs import inventory, transfers
@@ -34,6 +35,7 @@ from stratocache.fs.lio import Lio
 from stratocache.fs.manifest_sizes import ManifestSizes
 from stratocache.fs.mount_watch import MountWatch
 from stratocache.fs.operations import Operations, Performer
+from stratocache.fs.peer_record import PeerRecord
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.portal import Portal
 from stratocache.fs.promotion import Promotion
@@ -107,11 +109,13 @@ class Housekeeping:
 
     async def _work(self, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
         """Sweep once, then look at the state whenever somebody says so, and now and then."""
-        traffic = Traffic()
-        fetcher = Fetcher(self._configuration, self._images, self._chunks, client, traffic=traffic)
+        traffic, peers = Traffic(), self._peers(nursery)
+        fetcher = Fetcher(
+            self._configuration, self._images, self._chunks, client, traffic=traffic, peers=peers
+        )  # fmt: skip
         chunk_fetcher = ChunkFetcher(
             self._configuration, self._images, client, nursery, entry_finder(self._db),
-            fetcher.chunk_space, traffic=traffic,
+            fetcher.chunk_space, traffic=traffic, peers=peers,
         )  # fmt: skip
         supply = Supply(self._images, chunk_fetcher, awaited_finder(self._db))
         self._images.set_supplier(supply)
@@ -185,6 +189,15 @@ class Housekeeping:
                 interval_s = min(interval_s, lease_s + _LEASE_GRACE_S)
             with trio.move_on_after(interval_s):
                 await self._woken.wait()
+
+    def _peers(self, nursery: trio.Nursery) -> Peers | None:
+        """Return the peers that are configured, who are looked after from now on."""
+        if not self._configuration.peers.hosts:
+            return None
+        peers = Peers(self._configuration.peers)
+        nursery.start_soon(peers.run)
+        nursery.start_soon(PeerRecord(self._db, peers).run)
+        return peers
 
     async def _sweep(self, acquisition: Acquisition) -> None:
         known = {disk.uuid for disk in inventory.disks(self._db, _SELF)}

@@ -1,4 +1,5 @@
-"""The API's listening socket, which the supervisor holds: a restart of the API refuses nobody.
+"""The listening sockets of the API and for peers, which the supervisor holds: a restart of who serves
+them refuses nobody.
 
 Clients that connect meanwhile wait in the socket's queue. Standard library only.
 """
@@ -43,6 +44,35 @@ def listens_at(descriptor: int, path: Path) -> bool:
             and found.getsockname() == os.fspath(path)
             and path.is_socket()
         )
+
+
+def listen_tcp(address: str, port: int) -> socket.socket:
+    """Return a listening TCP socket; `::` is all addresses, of both kinds. Raises `OSError`."""
+    listener = socket.socket(_family(address), socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def listens_on(descriptor: int, address: str, port: int) -> bool:
+    """Whether an inherited descriptor is a TCP socket that listens on an address and port."""
+    with socket.socket(fileno=os.dup(descriptor)) as found:
+        return (
+            found.family == _family(address)
+            and bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            and found.getsockname()[:2] == (address, port)
+        )
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def group_id(name: str) -> int | None:

@@ -140,7 +140,7 @@ class ProvisionalImages:
         """Land an image whose every chunk its index proves."""
         identifier = entry.identifier
         try:
-            manifest = await read_index(entry, self._client, self._settings)
+            manifest = await read_index(entry, self._client, self._settings, self._fetcher.peers)
         except (NotVerified, NotFound, Refused, OriginFailed) as error:
             await trio.to_thread.run_sync(self._note_unusable, identifier, error.message)
             return False

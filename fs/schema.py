@@ -360,4 +360,32 @@ MIGRATIONS: tuple[str, ...] = (
     -- since when eviction has left its boot set only, or since nobody uses that; NULL = it has not
     ALTER TABLE images ADD COLUMN skeleton_since TEXT;
     """,
+    """
+    -- of remote_bytes, what peers sent
+    ALTER TABLE image_traffic ADD COLUMN peer_bytes INTEGER NOT NULL DEFAULT 0;
+
+    CREATE TABLE peers (                    -- what other hosts gave us; those not configured any more go
+        location       TEXT PRIMARY KEY,    -- https://ADDRESS:PORT, or a host whose name leads nowhere
+        host           TEXT NOT NULL,       -- as configured, without the port
+        asked          INTEGER NOT NULL DEFAULT 0, -- requests for chunks and manifests
+        served         INTEGER NOT NULL DEFAULT 0, -- of them, answered with the right bytes
+        failed         INTEGER NOT NULL DEFAULT 0, -- of them, not answered, late or wrong
+        received_bytes INTEGER NOT NULL DEFAULT 0,
+        rests_until    TEXT,                -- left alone until then; NULL = not
+        fault          TEXT,                -- how it failed last; NULL = it has answered since
+        updated_at     TEXT NOT NULL
+    ) STRICT;
+
+    CREATE TABLE peer_service (             -- one row: what we gave other hosts
+        id           INTEGER PRIMARY KEY CHECK (id = 1),
+        chunks       INTEGER NOT NULL DEFAULT 0,
+        manifests    INTEGER NOT NULL DEFAULT 0,
+        sent_bytes   INTEGER NOT NULL DEFAULT 0,
+        absent       INTEGER NOT NULL DEFAULT 0, -- requests for what is not here, or is nobody's business
+        busy         INTEGER NOT NULL DEFAULT 0, -- requests that were sent elsewhere for lack of time
+        refused      INTEGER NOT NULL DEFAULT 0, -- requests without a token that we know
+        updated_at   TEXT
+    ) STRICT;
+    INSERT INTO peer_service (id) VALUES (1);
+    """,
 )

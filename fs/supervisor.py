@@ -26,7 +26,7 @@ from stratocache import __version__
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs import handover
 from stratocache.fs.crew import Crew, Settings
-from stratocache.fs.listener import listen, listens_at
+from stratocache.fs.listener import listen, listens_at, listens_on
 from stratocache.fs.mount_keeper import STORED_AS, MountKeeper
 from stratocache.fs.poke import poke
 from stratocache.fs.pool import Pool
@@ -46,6 +46,7 @@ _SPARE_DELAY_S = 0.5  # guests that waited for blockd need the processors first
 _API_DELAY_S = 3.0  # at most, at our own start: nobody's disk waits for the API
 _UPGRADE_INTERVAL_S = 0.02
 _STORED_API = "api"
+_STORED_PEERS = "peers"
 
 
 class Supervisor:
@@ -143,7 +144,12 @@ class Supervisor:
             directory.api_socket, self._settings.group
         )
         self._manager.store(_STORED_API, self._crew.listener.fileno())
-        self._crew.api.due_at = time.monotonic() + _API_DELAY_S
+        self._crew.peer_listener = self._stored_peer_listener(stored.get(_STORED_PEERS))
+        with suppress(OSError):  # said, and tried again, when they are to be served
+            self._crew.listen_for_peers()
+        self._store_peer_listener()
+        for child in self._crew.asking:
+            child.due_at = time.monotonic() + _API_DELAY_S
 
     def _stored_listener(self, descriptor: int | None) -> socket.socket | None:
         if descriptor is None:
@@ -153,11 +159,26 @@ class Supervisor:
             return None
         return socket.socket(fileno=descriptor)
 
+    def _store_peer_listener(self) -> None:
+        if self._crew.peer_listener is not None:
+            self._manager.store(_STORED_PEERS, self._crew.peer_listener.fileno())
+
+    def _stored_peer_listener(self, descriptor: int | None) -> socket.socket | None:
+        if descriptor is None:
+            return None
+        settings = self._settings
+        if not listens_on(descriptor, settings.peers_address, settings.peers_port):
+            os.close(descriptor)
+            return None
+        return socket.socket(fileno=descriptor)
+
     def _resume(self, handed: Mapping[str, Any]) -> None:
         """Go on after our own re-execution, and let the new code take over from there."""
         self._pool = Pool.read(self._settings.state_dir)
         self._keeper.resume(handover.own(handed["fuse"]))
         self._crew.listener = socket.socket(fileno=handover.own(handed["listener"]))
+        if handed.get("peer_listener") is not None:  # a predecessor may know nothing of peers
+            self._crew.peer_listener = socket.socket(fileno=handover.own(handed["peer_listener"]))
         self._crew.resume(handed["children"])
         self._announced = handed["announced"]
         self._upgrading.resume(handed, lambda: self._fault)
@@ -199,7 +220,10 @@ class Supervisor:
         if child is crew.blockd:
             crew.spare.due_at = time.monotonic() + _SPARE_DELAY_S
             if not self._announced:
-                crew.api.due_at = 0.0
+                for asking in crew.asking:
+                    asking.due_at = 0.0
+        if child is crew.peers:
+            self._store_peer_listener()
         if not self._announced and crew.ready:
             print(READY_LINE, flush=True)
             self._announce()
@@ -241,11 +265,14 @@ class Supervisor:
                 "lock": self._lock,
                 "fuse": crew.mount.descriptor,
                 "listener": crew.listener.fileno(),
+                "peer_listener": crew.peer_listener and crew.peer_listener.fileno(),
                 "children": crew.handed_over(),
                 "announced": self._announced,
                 "asked": self._upgrading.asked,
             }
             ours = [self._lock, crew.mount.descriptor, crew.listener.fileno()]
+            if crew.peer_listener is not None:
+                ours.append(crew.peer_listener.fileno())
             self._upgrading.execute(state, [*ours, *crew.descriptors])
             crew.spare.due_at = 0.0
         handover.release_signals()
@@ -280,6 +307,7 @@ class Supervisor:
         if self._announced:
             self._manager.notify("STOPPING=1")
         self._manager.remove(_STORED_API)
+        self._manager.remove(_STORED_PEERS)
         crew = self._crew
         crew.stop_asking()
         self._keeper.end()
@@ -287,6 +315,8 @@ class Supervisor:
         if crew.listener is not None:
             crew.listener.close()
             self._directory.api_socket.unlink(missing_ok=True)
+        if crew.peer_listener is not None:
+            crew.peer_listener.close()
         if self._pool is not None:
             self._pool.unmount()
         self._directory.remove_leftovers()
@@ -315,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configuration = json.loads(given.config_json.read_text())
     iscsi = configuration["iscsi"]
+    peers = configuration.get("peers", {})  # of a version that wrote none
     settings = Settings(
         run_dir=given.run_dir.resolve(),
         state_dir=given.state_dir.resolve(),
@@ -325,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backend=iscsi["backend"],
         group=configuration["api"]["group"],
         log_dir=given.log_dir,
+        peers_address=peers.get("listen", ""),
+        peers_port=peers.get("port", 0),
     )
     return run_reporting(Supervisor(settings), configuration["log_level"])
 

@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import trio
 
@@ -40,6 +40,7 @@ class _Row:
     hit_bytes: float = 0
     misses: float = 0
     miss_bytes: float = 0
+    peer_bytes: float = 0
 
     def __sub__(self, other: "_Row") -> "_Row":
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -152,7 +153,8 @@ class TrafficRecord:
         moved, read = self._traffic.images.get(name), self._reads.get(name)
         cost = (moved.remote_bytes, moved.wait_s) if moved is not None else (0, 0.0)
         luck = (read.hits, read.hit_bytes, read.misses, read.miss_bytes) if read is not None else ()
-        return _Row(*cost, *luck)
+        row = _Row(*cost, *luck)
+        return row if moved is None else replace(row, peer_bytes=moved.peer_bytes)
 
     def _measured(self) -> list[tuple[int, float, str]]:
         """Return how much of images is here and the rates, of those that change; end the others."""

@@ -34,6 +34,7 @@ _PROGRAMS = (
     "stratocache.fs.holder",
     "stratocache.fs.blockd",
     "stratocache.api.server",
+    "stratocache.api.peer_server",
 )
 
 

@@ -85,8 +85,9 @@ def rolling(
 ) -> Iterator[None]:
     """Let the new code take over, process by process; `fault` says why `blockd` is given up.
 
-    The new `blockd` has done its imports before the old one ends. The API ends before it, since the
-    new one may change the schema of the state, and starts after it; its clients wait.
+    The new `blockd` has done its imports before the old one ends. The API, and what serves peers, end
+    before it, since the new one may change the schema of the state, and start after it; their
+    clients wait.
     """
     crew.spare.due_at = 0.0
     deadline = time.monotonic() + _READY_TIMEOUT_S
@@ -96,11 +97,14 @@ def rolling(
             fail(record, Internal("blockd-broken", sentence))
             return
         yield
-    crew.api.held = True
+    for child in crew.asking:
+        child.held = True
+    yield from _end(crew.peers, signal.SIGTERM)
     api_since = time.monotonic()
     yield from _end(crew.api, signal.SIGTERM)
     yield from _replace_blockd(crew, record, fault)
-    crew.api.held, crew.api.due_at = False, 0.0
+    for child in crew.asking:
+        child.held, child.due_at = False, 0.0
     yield from _until_ready(crew.api, api_since, record)
     if tgtd and record.error is None:
         since = time.monotonic()

@@ -15,6 +15,7 @@ from stratocache.fs.intents import require_administrator
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan
 from stratocache.fs.losses import Loss, losses
 from stratocache.fs.offline_plan import Weakness, weaknesses
+from stratocache.fs.peer_record import PeerService, PeerState, peer_service, peer_states
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Caller
 from stratocache.fs.scrubbing import ScrubState
@@ -95,8 +96,43 @@ class CacheView(Representation):
         )
 
 
+class PeerView(Representation):
+    """What one peer did for us; the table `peers` of `stratocache.fs.schema` says what each field
+    counts."""
+
+    location: str
+    host: str
+    asked: int
+    served: int
+    failed: int
+    received_bytes: int
+    rests_until: str | None
+    fault: str | None
+
+    @classmethod
+    def of(cls, peer: PeerState) -> Self:
+        """Show a peer."""
+        return cls(**asdict(peer))
+
+
+class PeerServiceView(Representation):
+    """What this host gave its peers; see the table `peer_service`."""
+
+    chunks: int
+    manifests: int
+    sent_bytes: int
+    absent: int
+    busy: int
+    refused: int
+
+    @classmethod
+    def of(cls, service: PeerService) -> Self:
+        """Show what was given."""
+        return cls(**asdict(service))
+
+
 class StatusView(CacheView):
-    """The account, what fetching cost and the cache saved, the scrubber, and what is lost;
+    """The account, what fetching cost and the cache saved, the scrubber, what is lost, and the peers;
     `stratocache.fs.fetch_account.HostAccount` says what each of the sums counts."""
 
     remote_bytes: int
@@ -112,6 +148,8 @@ class StatusView(CacheView):
     hit_ratio: float | None
     scrub: ScrubView
     losses: list[LossView]
+    peers: list[PeerView]
+    peer_service: PeerServiceView
 
 
 class HoldingView(Representation):
@@ -238,9 +276,10 @@ class CacheStatus:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """Show where the space has gone, what the scrubber does, and what is lost."""
+        """Show where the space has gone, what the scrubber does, what is lost, and the peers."""
         query.require_known(request)
         service, caller = self._service, answers.caller(request)
+        asks = bool(service.configuration.peers.hosts)
         account = space_plan.account(service.configuration, service.db)
         shown = CacheView.of(account, service.configuration.cache)
         status = StatusView(
@@ -248,6 +287,8 @@ class CacheStatus:
             **asdict(fetch_account.of_host(service.db, account.chunk_bytes)),
             scrub=ScrubView.of(scrubbing.scrub_state(service.db)),
             losses=[LossView.of(loss, service.db, caller) for loss in losses(service.db)],
+            peers=[PeerView.of(peer) for peer in peer_states(service.db)] if asks else [],
+            peer_service=PeerServiceView.of(peer_service(service.db)),
         )
         answers.show(response, status)
 

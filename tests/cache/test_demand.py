@@ -16,6 +16,7 @@ from support.lazy import LazyHost, entry_of, index_of, manifest_of, some_image
 from support.nginx import Nginx
 from support.origins import Fault, OriginServer, Resource
 
+from stratocache.cache.chunk_origins import Unavailable
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.completion import Completion
 from stratocache.cache.configuration import FetchSettings
@@ -224,10 +225,13 @@ def test_a_reader_that_waits_gets_the_only_origin_asked_again(
     identifier = host.add(IMAGE, entry_of(IMAGE, origin.add("/image", resource)))
 
     async def script(fetcher: ChunkFetcher) -> None:
+        location = f"{origin.url}/image"
         for _ in range(2):
             await fetcher.bring(identifier, [0])
-            fetcher._health[f"{origin.url}/image"].rests_until = 0.0
-        fetcher._health[f"{origin.url}/image"].rests_until = trio.current_time() + 300
+            fetcher._health.forget(location)
+        for _ in range(9):
+            fetcher._health.failed(location, Unavailable("it lies", "wrong"))
+        assert fetcher._health.rests_until(location) > trio.current_time() + 290
         await fetcher.fetch(identifier, 0)
 
     host.run(script)

@@ -50,6 +50,15 @@ def appliance(tmp_path: Path, manager: ServiceManager) -> Iterator[Supervised]:
         yield supervised
 
 
+@pytest.fixture
+def peer(tmp_path: Path, manager: ServiceManager) -> Iterator[Supervised]:
+    """The same, that serves peers too."""
+    supervised = Supervised(tmp_path, export=True, peers=True)
+    supervised.manager = manager
+    with supervised:
+        yield supervised
+
+
 @pytest.mark.slow
 def test_killed_supervisor_is_a_pause(appliance: Supervised) -> None:
     """The supervisor is killed, alone and with blockd: an open file of the mount sees no error, a
@@ -125,25 +134,27 @@ def _wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_clients_of_the_api_wait(appliance: Supervised) -> None:
-    """A client that comes while no supervisor runs is answered by the next one's API."""
-    assert appliance.process is not None
-    appliance.process.kill()
-    appliance.wait()
-    with appliance.connect() as client:
-        appliance.start()
-        assert int(client.recv(100)) == appliance.child("api")
+def test_clients_and_peers_wait(peer: Supervised) -> None:
+    """A client, or a peer, that comes while no supervisor runs is answered by the next one's
+    children."""
+    assert peer.process is not None
+    peer.process.kill()
+    peer.wait()
+    with peer.connect() as client, peer.connect_as_peer() as other:
+        peer.start()
+        assert int(client.recv(100)) == peer.child("api")
+        assert int(other.recv(100)) == peer.child("peers")
 
 
-def test_stopped_appliance_stores_nothing(appliance: Supervised, manager: ServiceManager) -> None:
-    """While it runs, the connection and the API's socket are stored; after a stop nothing is."""
-    assert set(manager.stored) == {"fuse", "api"}
+def test_stopped_appliance_stores_nothing(peer: Supervised, manager: ServiceManager) -> None:
+    """While it runs, the connection and the listening sockets are stored; after a stop nothing is."""
+    assert set(manager.stored) == {"fuse", "api", "peers"}
 
-    assert appliance.stop() == 0
+    assert peer.stop() == 0
     manager.wait_for("STOPPING=1")
 
     assert manager.stored == {}
-    assert appliance.mounts() == 0
+    assert peer.mounts() == 0
 
 
 def test_lost_connection_is_replaced(appliance: Supervised, manager: ServiceManager) -> None:

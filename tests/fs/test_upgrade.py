@@ -3,10 +3,11 @@
 import contextlib
 import os
 import signal
+import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +30,17 @@ def appliance(tmp_path: Path) -> Iterator[Supervised]:
         yield supervised
 
 
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Supervised]:
+    """A running appliance whose disk is exported, and that serves peers."""
+    with Supervised(tmp_path, export=True, peers=True) as supervised:
+        yield supervised
+
+
 def pids_of(appliance: Supervised) -> dict[str, int]:
     """Return the process ids of the supervisor and of its children."""
     assert appliance.process is not None
-    names = ("holder", "blockd", "tgtd", "api")
+    names = ("holder", "blockd", "tgtd", "api", *(["peers"] if appliance.peers_port else []))
     return {name: appliance.child(name) for name in names} | {"supervisor": appliance.process.pid}
 
 
@@ -45,14 +53,14 @@ def wait_for_state(appliance: Supervised, state: State) -> None:
 
 
 @contextlib.contextmanager
-def asking(appliance: Supervised) -> Iterator[list[int]]:
-    """Connect to the API again and again; yield the processes that answered."""
+def asking(connect: Callable[[], socket.socket]) -> Iterator[list[int]]:
+    """Connect again and again; yield the processes that answered."""
     answered: list[int] = []
     ended = threading.Event()
 
     def ask() -> None:
         while not ended.is_set():
-            with appliance.connect() as client:
+            with connect() as client:
                 answered.append(int(client.recv(100)))
 
     thread = threading.Thread(target=ask)
@@ -65,45 +73,49 @@ def asking(appliance: Supervised) -> Iterator[list[int]]:
 
 
 @pytest.mark.slow
-def test_upgrade_is_a_pause(appliance: Supervised) -> None:
-    """Upgrades one after another keep the supervisor's process and replace blockd and API; tgtd is
-    replaced only when asked for. The guest sees no error, the API refuses nobody."""
+def test_upgrade_is_a_pause(peer: Supervised) -> None:
+    """Upgrades one after another keep the supervisor's process and replace blockd, the API and what
+    serves peers; tgtd is replaced only when asked for. The guest sees no error, clients and peers are
+    not refused."""
     with (
-        Guest(initiator(appliance)) as guest,
+        Guest(initiator(peer)) as guest,
         BusyGuest(guest) as busy,
-        asking(appliance) as answered,
+        asking(peer.connect) as answered,
+        asking(peer.connect_as_peer) as peers_answered,
     ):
         for tgtd in (False, False, True):
-            before = pids_of(appliance)
+            before = pids_of(peer)
             busy.reset()
-            record = appliance.upgrade(upgrade_request(tgtd=tgtd))
-            after = pids_of(appliance)
+            record = peer.upgrade(upgrade_request(tgtd=tgtd))
+            after = pids_of(peer)
 
             assert (record.progress, record.error) == (Progress.DONE, None)
             rolled = {step.name: step.pause_s for step in record.steps}
             print(f"{rolled}, guest {busy.pause():.2f} s")
             assert list(rolled) == ["blockd", "api", *(["tgtd"] if tgtd else [])]
-            assert {name for name, pid in before.items() if after[name] != pid} == set(rolled)
+            replaced = {name for name, pid in before.items() if after[name] != pid}
+            assert replaced == {*rolled, "peers"}
         assert {before["api"], after["api"]} <= set(answered)
-    assert appliance.stop() == 0
-    assert appliance.mounts() == 0
+        assert {before["peers"], after["peers"]} <= set(peers_answered)
+    assert peer.stop() == 0
+    assert peer.mounts() == 0
 
 
-def test_child_that_dies_after_an_upgrade_is_replaced(appliance: Supervised) -> None:
+def test_child_that_dies_after_an_upgrade_is_replaced(peer: Supervised) -> None:
     """The new supervisor knows the processes that the old one started: each that dies is replaced,
     and all die with it."""
-    assert appliance.upgrade().progress is Progress.DONE
-    before = pids_of(appliance)
-    for name in ("holder", "blockd", "tgtd", "api"):
-        appliance.kill(name)
+    assert peer.upgrade().progress is Progress.DONE
+    before = pids_of(peer)
+    for name in ("holder", "blockd", "tgtd", "api", "peers"):
+        peer.kill(name)
 
-    assert initiator(appliance).io("write -P 2 0 4k").returncode == 0
-    after = pids_of(appliance)
+    assert initiator(peer).io("write -P 2 0 4k").returncode == 0
+    after = pids_of(peer)
     assert {name for name in before if before[name] == after[name]} == {"supervisor"}
-    assert appliance.process is not None
-    appliance.process.kill()
-    appliance.wait()
-    for name in ("holder", "blockd", "tgtd", "api"):
+    assert peer.process is not None
+    peer.process.kill()
+    peer.wait()
+    for name in ("holder", "blockd", "tgtd", "api", "peers"):
         wait_for_end(after[name])
 
 

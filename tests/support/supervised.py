@@ -36,17 +36,20 @@ UPGRADE_TIMEOUT_S = 240
 _PYTHON = sys.executable
 FUSE_CHILD = ("support.fuse_child",)
 API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
+PEERS_CHILD = (_PYTHON, "-m", "support.supervised", "--as-peers")
 
 
 class Supervised:
     """One supervisor; a context manager that starts it and leaves nothing behind."""
 
     def __init__(
-        self, root: Path, *, export: bool = False, resend: bool = True, api: str = "normal"
-    ) -> None:
+        self, root: Path, *, export: bool = False, resend: bool = True, api: str = "normal",
+        peers: bool = False,
+    ) -> None:  # fmt: skip
         self.state_dir = root / "state"
         self.directory = RunDirectory(root / "run")
         self.port = free_port()
+        self.peers_port = free_port() if peers else 0
         self.log = root / "log"
         self.config_json = root / "configuration.json"
         self._options = [
@@ -65,6 +68,7 @@ class Supervised:
                 "state_dir": self.state_dir,
                 "run_dir": self.directory.path,
                 "iscsi": {"port": self.port},
+                "peers": {"listen": "127.0.0.1", "port": self.peers_port} if peers else {},
             }
         )
         self.config_json.write_text(configuration.model_dump_json())
@@ -109,6 +113,7 @@ class Supervised:
             "blockd": "support.fuse_child",
             "tgtd": "tgtd",
             "api": "--as-api",
+            "peers": "--as-peers",
             "holder": "stratocache.fs.holder",
         }
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -146,6 +151,10 @@ class Supervised:
         client.settimeout(START_TIMEOUT_S)
         client.connect(str(self.directory.api_socket))
         return client
+
+    def connect_as_peer(self) -> socket.socket:
+        """Connect to what serves peers, which says its process id when it answers."""
+        return socket.create_connection(("127.0.0.1", self.peers_port), timeout=START_TIMEOUT_S)
 
     def status(self) -> SupervisorStatus | None:
         """Return what the supervisor says about itself."""
@@ -273,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the supervisor with the children of tests, or be one of them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config-json", type=Path, required=True)
-    parser.add_argument("--as-api", action="store_true")
+    parser.add_argument("--as-api", "--as-peers", action="store_true")
     parser.add_argument("--listen-fd", type=int)
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--export", action="store_true")
@@ -291,8 +300,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             state_dir=configuration.state_dir,
             config_json=given.config_json,
             port=configuration.iscsi.port,
+            peers_address=configuration.peers.listen,
+            peers_port=configuration.peers.port,
         ),
         commands={
+            "peers": PEERS_CHILD,
             "blockd": [*FUSE_CHILD, *(["--export"] if given.export else [])],
             "api": apis[given.api],
         },
