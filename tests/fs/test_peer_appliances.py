@@ -136,8 +136,10 @@ def test_one_host_has_it_from_the_other(world: World) -> None:
 
     _wait_for(lambda: _ask(second, "GET", "/v1/cache")["peers"][0]["served"] > 0)
     _wait_for(lambda: _ask(first, "GET", "/v1/cache")["peer_service"]["chunks"] > 0)
-    lazy = _ask(second, "GET", f"/v1/images/{world.lazy.identifier}")
-    assert lazy["peer_bytes"] == lazy["remote_bytes"] > 4 * MIB
+    shown = f"/v1/images/{world.lazy.identifier}"
+    _wait_for(lambda: _ask(second, "GET", shown)["remote_bytes"] > 4 * MIB)
+    lazy = _ask(second, "GET", shown)
+    assert lazy["peer_bytes"] == lazy["remote_bytes"]
     (peer,) = _ask(second, "GET", "/v1/cache")["peers"]
     assert peer["location"] == f"https://{HOST}:{world.port}"
     assert (peer["failed"], peer["fault"], peer["rests_until"]) == (0, None, None)
