@@ -172,7 +172,6 @@ class Housekeeping:
         mount = MountWatch(self._db, self._configuration.blocks)
         while True:
             self._woken = trio.Event()
-            await sizes.look()
             await operations.look()
             provisional.look()
             rejected.look()
@@ -183,6 +182,7 @@ class Housekeeping:
             await promotion.look()
             if mount.is_due():
                 await trio.to_thread.run_sync(mount.look)
+            await sizes.look()  # last: no target waits until manifests are read
             interval_s = _RETRY_INTERVAL_S if unsettled else _IDLE_INTERVAL_S
             lease_s = reconciler.leases.remaining_s()
             if lease_s is not None:

@@ -10,12 +10,13 @@ import trio
 
 from stratocache.cache.errors import NotFound, NotVerified
 from stratocache.cache.images import ImageStore
+from stratocache.fs.records import READABLE
 from stratocache.fs.state import Database
 
 log = logging.getLogger(__name__)
 
-_UNKNOWN = """
-    SELECT id FROM images WHERE state IN ('provisional', 'verified', 'withdrawn')
+_UNKNOWN = f"""
+    SELECT id FROM images WHERE state IN {READABLE}
         AND id NOT IN (SELECT name FROM manifest_sizes)
     UNION ALL SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
         AND id NOT IN (SELECT name FROM manifest_sizes)

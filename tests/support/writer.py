@@ -10,7 +10,7 @@ from stratodemo.guest import ConsoleLine, GuestError
 
 _SOURCE = Path(__file__).resolve().parents[1] / "vm" / "writer" / "writer.c"
 _DISK_BYTES = 4096
-_TICK = re.compile(r"STRATO tick=(?P<counts>.*)")
+_TICK = re.compile(r"STRATO tick=(?P<counts>( ?\w+\.[0-9]+:[0-9]+)+)\s*$")
 _SLOW = re.compile(r"STRATO slow=(?P<disk>\S+) (?P<operation>\S+) (?P<took_ms>\d+)")
 _RESULT = re.compile(r"STRATO result-(?P<disk>\S+?)=(?P<counts>.*)")
 _FAULT = re.compile(r"STRATO (fault|failed)=.*|.*(I/O error|Buffer I/O).*")
@@ -64,7 +64,10 @@ class SlowOperation:
 
 
 def progress(console: Sequence[ConsoleLine]) -> list[tuple[float, Mapping[str, int]]]:
-    """Return every tick: when it came and how many rounds each thread (`disk.number`) had done."""
+    """Return every tick: when it came and how many rounds each thread (`disk.number`) had done.
+
+    One that a message of the guest's kernel has broken is left out.
+    """
     found: list[tuple[float, Mapping[str, int]]] = []
     for line in console:
         if match := _TICK.search(line.text):
