@@ -171,9 +171,10 @@ def mount(session: Session, image_id: str, directory: Path, partition: int | Non
     """Mount a file system of an image read-only on DIRECTORY."""
     from stratocache.cache.errors import Conflict
     from stratocache.fs.partition import mount_image
+    from stratocache.fs.records import READABLE
 
     document = session.client.get(_path(image_id))
-    if document["state"] not in ("provisional", "verified", "withdrawn"):
+    if document["state"] not in READABLE:
         raise Conflict("image-busy", f"Image {image_id} is {document['state']}; try again later.")
     block_file = session.configuration.blocks / "images" / document["id"]
     mounted = mount_image(block_file, directory, partition)

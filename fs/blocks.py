@@ -20,7 +20,7 @@ from stratocache.fs.overlay import Overlay
 from stratocache.fs.records import Disk, Image
 from stratocache.fs.state import Database
 
-_READABLE = "state IN ('provisional', 'verified', 'withdrawn')"
+_READABLE = f"state IN {records.READABLE}"
 _OVERLAY = "state = 'available' AND form = 'overlay'"
 
 _T = TypeVar("_T")

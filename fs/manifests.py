@@ -6,6 +6,7 @@ from contextlib import suppress
 from stratocache.cache.errors import NotFound, NotVerified
 from stratocache.cache.images import ImageStore
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.records import READABLE
 from stratocache.fs.state import Database
 
 log = logging.getLogger(__name__)
@@ -17,8 +18,8 @@ _NAMED = """
 """
 
 
-_PUBLISHED = """
-    SELECT id AS name FROM images WHERE state IN ('provisional', 'verified', 'withdrawn')
+_PUBLISHED = f"""
+    SELECT id AS name FROM images WHERE state IN {READABLE}
     UNION SELECT id FROM snapshots WHERE form = 'manifest' AND state = 'available'
     UNION SELECT base_manifest FROM disks WHERE base_manifest IS NOT NULL AND form = 'overlay'
     EXCEPT SELECT id FROM images
