@@ -328,13 +328,13 @@ def _default_name(description: publication.Description) -> str:
 
 
 def _resolve(configuration: Configuration, reference: str) -> Entry:
-    import httpx
     import trio
 
     from stratocache.cache.catalogue import Catalogues
+    from stratocache.cache.outgoing import source_client
 
     async def resolve() -> Entry:
-        async with httpx.AsyncClient() as client:
+        async with source_client(configuration.fetch) as client:
             return await Catalogues(configuration, client).resolve(reference, now=datetime.now(UTC))
 
     return trio.run(resolve)

@@ -12,9 +12,17 @@ import trio
 
 from stratocache.cache import document, reference
 from stratocache.cache.configuration import FetchSettings
-from stratocache.cache.errors import InvalidInput, NotVerified, OriginFailed, StratocacheError
+from stratocache.cache.errors import (
+    InvalidInput,
+    NotVerified,
+    OriginFailed,
+    Refused,
+    StratocacheError,
+)
+from stratocache.cache.outgoing import respond
 from stratocache.cache.selection import Selection
 
+_UNREACHABLE = "catalogue-unreachable"
 _MAX_REDIRECTS = 5
 _MAX_FILES = 10_000
 _ACCEPT = "application/rdf+xml, application/xml;q=0.9, */*;q=0.1"
@@ -67,33 +75,32 @@ async def _get(url: str, client: httpx.AsyncClient, limits: FetchSettings) -> An
     timeouts = httpx.Timeout(limits.read_timeout_s, connect=limits.connect_timeout_s)
     try:
         with trio.fail_after(deadline_s):
-            answer = await _follow(url, client, timeouts)
+            answer = await _ask(url, client, timeouts)
     except trio.TooSlowError:
         raise _unreachable(url, f"it took longer than {deadline_s:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, str(error) or type(error).__name__) from None
+    except (Refused, OriginFailed) as error:
+        if error.code == _UNREACHABLE:
+            raise
+        raise _unreachable(url, error.message.rstrip(".")) from None
     if answer is None or await trio.to_thread.run_sync(_is_empty, answer):
         return None
     return answer
 
 
-async def _follow(url: str, client: httpx.AsyncClient, timeouts: httpx.Timeout) -> Answer | None:
+async def _ask(url: str, client: httpx.AsyncClient, timeouts: httpx.Timeout) -> Answer | None:
     headers = {"Accept": _ACCEPT, "Accept-Encoding": "identity"}
-    for _ in range(_MAX_REDIRECTS + 1):
-        async with client.stream(
-            "GET", url, headers=headers, timeout=timeouts, follow_redirects=False
-        ) as response:
-            if response.next_request is not None:
-                url = str(response.next_request.url)
-                continue
-            if response.status_code in (404, 410):
-                return None
-            if response.status_code != 200:
-                raise _unreachable(url, f"it answered with status {response.status_code}")
-            if "content-encoding" in response.headers:
-                raise _unreachable(url, "it compressed its answer without being asked to")
-            return Answer(url, await _limited(response))
-    raise _unreachable(url, f"it redirects more than {_MAX_REDIRECTS} times")
+    async with respond(
+        client, url, headers, timeouts, redirects_max=_MAX_REDIRECTS
+    ) as response:  # fmt: skip
+        if response.status_code in (404, 410):
+            return None
+        if response.status_code != 200:
+            raise _unreachable(str(response.url), f"it answered with status {response.status_code}")
+        if "content-encoding" in response.headers:
+            raise _unreachable(str(response.url), "it compressed its answer without being asked to")
+        return Answer(str(response.url), await _limited(response))
 
 
 async def _limited(response: httpx.Response) -> bytes:
@@ -140,6 +147,6 @@ def _read_folder(folder: Path, selection: Selection) -> list[Answer]:
 
 def _unreachable(where: str, reason: str) -> OriginFailed:
     return OriginFailed(
-        "catalogue-unreachable",
+        _UNREACHABLE,
         f"The catalogue at {where} cannot be read: {reason}. Try again, or check its endpoint.",
     )

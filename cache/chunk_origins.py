@@ -24,9 +24,9 @@ from stratocache.cache.origin import (
     GONE_STATUSES,
     PASSING_STATUSES,
     open_file,
-    respond,
     retry_after_s,
 )
+from stratocache.cache.outgoing import respond
 
 _PACKED_BYTES_MAX = CHUNK_BYTES + CHUNK_BYTES // 8 + 1024
 """No zstd frame of a chunk is longer."""

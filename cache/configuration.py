@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from stratocache.cache.errors import InvalidInput
+from stratocache.cache.networks import Network
 
 DEFAULT_PATH = Path("/etc/stratocache/stratocache.toml")
 _PREFIX = "STRATOCACHE_"
@@ -73,6 +74,9 @@ class FetchSettings(_Table):
     demand_timeout_s: Annotated[float, Field(gt=0, le=600)] = 25
     """How long a guest's read waits for a chunk before that block is an error; below the 30 s after
     which Linux' initiator gives a command up."""
+    allowed_networks: tuple[Network, ...] = ()
+    """Networks of this site, such as `10.0.0.0/8`, that imports and redirects of public servers may
+    lead into; else they may reach the public Internet only."""
     quiet_s: Seconds = 20
     """The rest of an image follows once no guest has waited for a chunk for so long, and three times
     so long after a launch: a boot computes between its reads, and the link is better left to it."""

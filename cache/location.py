@@ -14,9 +14,9 @@ from stratocache.cache.origin import (
     GONE_STATUSES,
     Backoff,
     open_file,
-    respond,
     retry_after_s,
 )
+from stratocache.cache.outgoing import respond
 
 INDEX_SUFFIX = ".caibx"
 

@@ -2,7 +2,7 @@
 
 A download goes to a stage directory and continues there after a cut connection or a restart:
 `Range` with `If-Range` (RFC 9110 section 14), the rest only if the server still has the same file,
-else from the first byte. No HEAD is sent. Redirects are followed to http and https only.
+else from the first byte. No HEAD is sent.
 """
 
 import logging
@@ -10,8 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +21,7 @@ import trio
 
 from stratocache.cache.configuration import FetchSettings
 from stratocache.cache.errors import NotFound, NotVerified, OriginFailed, Refused, StratocacheError
+from stratocache.cache.outgoing import respond
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Source, Stage
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int | None], None]
 
-_REDIRECTS_MAX = 10
 _BUFFER_BYTES = 1024**2
 _GAIN_BYTES = 64 * 1024
 """An attempt that brought this much does not count as a failure: long files survive many cuts."""
@@ -218,31 +217,6 @@ class HttpOrigin:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(append)
             buffer.clear()
-
-
-@asynccontextmanager
-async def respond(
-    client: httpx.AsyncClient, location: str, headers: dict[str, str], limits: httpx.Timeout
-) -> AsyncIterator[httpx.Response]:
-    """Ask for a location, follow its redirects, and yield the answer before its body is read.
-
-    Raises `Refused` (`location-refused`), `OriginFailed` (`origin-failed`) and what httpx raises.
-    """
-    url = httpx.URL(location)
-    for _ in range(_REDIRECTS_MAX + 1):
-        if url.scheme not in ("http", "https") or not url.host:
-            raise Refused("location-refused", f"It leads to {str(url)[:200]}, not http or https.")
-        request = client.build_request("GET", url, headers=headers, timeout=limits)
-        response = await client.send(request, stream=True, follow_redirects=False)
-        try:
-            if not response.has_redirect_location:
-                yield response
-                return
-            url = url.join(response.headers["Location"])
-        finally:
-            with trio.CancelScope(shield=True):
-                await response.aclose()
-    raise OriginFailed("origin-failed", f"It redirects more than {_REDIRECTS_MAX} times.")
 
 
 def open_file(location: str) -> BinaryIO:

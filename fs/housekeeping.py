@@ -16,6 +16,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
+from stratocache.cache.outgoing import import_client, source_client
 from stratocache.cache.peers import Peers
 from stratocache.cache.supply import Supply
 from stratocache.cache.traffic import Traffic
@@ -97,17 +98,18 @@ class Housekeeping:
         """Work until cancelled."""
         nursery.start_soon(self._listen, pokes)
         nursery.start_soon(self._counts.run)
-        timeouts = self._configuration.fetch
-        limits = httpx.Timeout(timeouts.read_timeout_s, connect=timeouts.connect_timeout_s)
-        async with httpx.AsyncClient(timeout=limits) as client:
-            await self._work(client, nursery)
+        settings = self._configuration.fetch
+        async with source_client(settings) as client, import_client(settings) as imports:
+            await self._work(client, Importer(self._configuration, imports), nursery)
 
     async def _listen(self, pokes: PokeListener) -> None:
         while True:
             await pokes.wait()
             self._wake()
 
-    async def _work(self, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
+    async def _work(
+        self, client: httpx.AsyncClient, importer: Importer, nursery: trio.Nursery
+    ) -> None:
         """Sweep once, then look at the state whenever somebody says so, and now and then."""
         traffic, peers = Traffic(), self._peers(nursery)
         fetcher = Fetcher(
@@ -148,7 +150,7 @@ class Housekeeping:
         )  # fmt: skip
         performers: dict[str, Performer] = {
             "hydrate": promotion,
-            IMPORT_DISK: Importing(self._db, self._disks, Importer(self._configuration, client)),
+            IMPORT_DISK: Importing(self._db, self._disks, importer),
             "save": Saving(self._db, self._images, self._disks),
             **keeping.performers,
         }

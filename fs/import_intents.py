@@ -39,6 +39,11 @@ class ImportRequest:
     def check(self) -> None:
         """Raise `InvalidInput` (`url-invalid`, `digest-invalid`) for what can never be fetched."""
         parts = urlsplit(self.url)
+        if parts.username is not None or parts.password is not None:
+            raise InvalidInput(
+                "url-invalid", "Leave name and password out: operations show the address.",
+                field="import_url",
+            )  # fmt: skip
         plain = len(self.url) <= _URL_CHARACTERS_MAX and not re.search(r"[\s\x00-\x1f]", self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise InvalidInput(

@@ -20,6 +20,10 @@ from support.publishing import Published, publish_image, slow_origin
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 
+ALLOWED = 'fetch.allowed_networks = ["127.0.0.1/32"]'
+"""Where imports may go beside the Internet."""
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     """An image with holes."""
@@ -33,7 +37,7 @@ def appliance(
     """A running appliance."""
     made = Appliance(
         tmp_path_factory.mktemp("appliance"), endpoint=published.endpoint,
-        fingerprint=published.fingerprint,
+        fingerprint=published.fingerprint, extra=ALLOWED,
     )  # fmt: skip
     with made:
         yield made
@@ -165,6 +169,7 @@ def test_import_makes_a_disk(appliance: Appliance, origin: OriginServer, tmp_pat
 @pytest.mark.parametrize(
     ("body", "code"),
     [({"import_url": "file:///etc/passwd"}, "url-invalid"),
+     ({"import_url": "http://jane:word@127.0.0.1:1/x"}, "url-invalid"),
      ({"import_url": "http://127.0.0.1:1/x", "sha256": "12"}, "digest-invalid"),
      ({"import_url": "http://127.0.0.1:1/x", "reference": "x"}, "origin-ambiguous"),
      ({"size_bytes": MIB, "sha256": "0" * 64}, "field-unknown")],
@@ -174,6 +179,17 @@ def test_import_that_cannot_be(appliance: Appliance, body: dict[str, object], co
     status, answer = appliance.request("POST", "/v1/disks", body)
 
     assert (status, answer["code"]) == (400, code)
+
+
+def test_import_from_this_site_is_refused(appliance: Appliance) -> None:
+    """An import of an address that is not allowed is refused, without a connection, and explained."""
+    with OriginServer("127.0.0.2") as origin:
+        url = origin.add("/disk.img", bytes(MIB))
+        done = appliance.run("disk", "create", "--import", url)
+
+        assert origin.log == []
+    assert done.returncode == 5
+    assert "fetch.allowed_networks" in done.stderr
 
 
 def test_cancelled_import_leaves_nothing(appliance: Appliance, origin: OriginServer) -> None:
@@ -197,8 +213,9 @@ def test_import_survives_the_death_of_everything(published: Published, tmp_path:
     content = hashlib.shake_128(b"all").digest(12 * MIB)
     (tmp_path / "disk.img").write_bytes(content)
     made = Appliance(
-        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint
-    )
+        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
+        extra=ALLOWED,
+    )  # fmt: skip
     with slow_origin(tmp_path, 6 * MIB) as url, made:
         wanted = {"import_url": f"{url}/disk.img"}
         _, operation = made.request("POST", "/v1/disks?wait=0", wanted)

@@ -79,10 +79,12 @@ class Request:
 class OriginServer:
     """Serves `resources`; its `log` grows with every request."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1", port: int = 0) -> None:
         self.resources: dict[str, Resource] = {}
         self.log: list[Request] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._address = address
+        self._server = ThreadingHTTPServer((address, port), _handler(self))
+        self.port = self._server.server_address[1]
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
@@ -103,7 +105,7 @@ class OriginServer:
     @property
     def url(self) -> str:
         """The server's address without a trailing slash."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://{self._address}:{self.port}"
 
     def add(self, path: str, resource: Resource | bytes) -> str:
         """Serve a resource; return its URL."""
