@@ -1,8 +1,11 @@
 """The HTTP API as a WSGI application."""
 
+from typing import TypeAlias
+
 import falcon
 
-from stratocache.api.identity import caller_of
+from stratocache.api.authentication import Authentication
+from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.problem import add_handlers
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
@@ -37,24 +40,12 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.shared_images import SharedImages
 from stratocache.fs.state import Database
 
-_OPEN_PATHS = ("/healthz", "/readyz")
-
-
-class Authentication:
-    """Finds out who sends a request, before any resource sees it."""
-
-    def __init__(self, administrators: str) -> None:
-        self._administrators = administrators
-
-    def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
-        """Keep the caller in the request's context; health checks need none."""
-        if request.path not in _OPEN_PATHS:
-            request.context.caller = caller_of(request.env, self._administrators)
+_App: TypeAlias = falcon.App[falcon.Request, falcon.Response]
 
 
 def create_app(
     configuration: Configuration, db: Database, requests: RequestCounts | None = None
-) -> falcon.App[falcon.Request, falcon.Response]:
+) -> _App:
     """Return the application; `db` must have the present schema (`Database.migrate`).
 
     `requests` counts what comes.
@@ -63,45 +54,57 @@ def create_app(
     requests = requests or RequestCounts(RunDirectory(configuration.run_dir).counts)
     app = falcon.App()
     app.add_middleware(requests)
-    app.add_middleware(Authentication(configuration.api.group))
+    app.add_middleware(Authentication(configuration.api, db))
+    app.add_middleware(Authorisation(db))
     app.req_options.strip_url_path_trailing_slash = True
     add_handlers(app)
-    attachments = "/v1/disks/{uuid}/attachments"
-    snapshots = "/v1/disks/{uuid}/snapshots"
     app.add_route("/healthz", Liveness())
     app.add_route("/readyz", Readiness(service))
     app.add_route("/metrics", MetricsPage(service, requests))
     app.add_route("/v1", Index(service))
-    app.add_route("/v1/images", ImageCollection(service))
-    app.add_route("/v1/images/{image_id}", ImageItem(service))
-    app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
-    app.add_route("/v1/images/{image_id}/bootset", ImageBootSet(service))
-    app.add_route("/v1/images/{image_id}/verify", ImageVerification(service))
-    shared = SharedImages(configuration, db)
-    app.add_route("/v1/images/{image_id}/manifest", ImageManifest(shared))
-    app.add_route("/v1/chunks/{digest}", ChunkItem(shared))
-    app.add_route("/v1/disks", DiskCollection(service))
-    app.add_route("/v1/disks/{uuid}", DiskItem(service))
-    app.add_route("/v1/disks/{uuid}/content", DiskContent(service))
-    app.add_route("/v1/disks/{uuid}/content/upload", DiskUpload(service))
-    app.add_route("/v1/disks/{uuid}/hydrate", DiskHydration(service))
-    app.add_route("/v1/disks/{uuid}/restore", DiskRestoration(service))
-    app.add_route("/v1/disks/{uuid}/save", DiskSave(service))
-    app.add_route(snapshots, SnapshotCollection(service))
-    app.add_route(snapshots + "/{snapshot_id}", SnapshotItem(service))
-    app.add_route(snapshots + "/{snapshot_id}/rollback", SnapshotRollback(service))
-    app.add_route(attachments, AttachmentCollection(service))
-    attachment = AttachmentItem(service)
-    app.add_route(attachments + "/{attachment_id}", attachment)
-    for suffix in ("migrate", "complete", "lease"):
-        app.add_route(f"{attachments}/{{attachment_id}}/{suffix}", attachment, suffix=suffix)
-    app.add_route("/v1/cache", CacheStatus(service))
-    app.add_route("/v1/cache/plan", CachePlan(service))
-    app.add_route("/v1/cache/evict", CacheEviction(service))
-    app.add_route("/v1/cache/scrub", CacheScrub(service))
+    _add_images(app, service)
+    _add_disks(app, service)
     app.add_route("/v1/launches", LaunchCollection(service))
     app.add_route("/v1/launches/{instance}", LaunchItem(service))
     app.add_route("/v1/launches/{instance}/lease", LaunchLease(service))
     app.add_route("/v1/operations", OperationCollection(service))
     app.add_route("/v1/operations/{operation_id}", OperationItem(service))
+    require_rules(app)
     return app
+
+
+def _add_images(app: _App, service: Service) -> None:
+    image = "/v1/images/{image_id}"
+    shared = SharedImages(service.configuration, service.db)
+    app.add_route("/v1/images", ImageCollection(service))
+    app.add_route(image, ImageItem(service))
+    app.add_route(image + "/pin", ImagePin(service))
+    app.add_route(image + "/bootset", ImageBootSet(service))
+    app.add_route(image + "/verify", ImageVerification(service))
+    app.add_route(image + "/manifest", ImageManifest(shared))
+    app.add_route("/v1/chunks/{digest}", ChunkItem(shared))
+    app.add_route("/v1/cache", CacheStatus(service))
+    app.add_route("/v1/cache/plan", CachePlan(service))
+    app.add_route("/v1/cache/evict", CacheEviction(service))
+    app.add_route("/v1/cache/scrub", CacheScrub(service))
+
+
+def _add_disks(app: _App, service: Service) -> None:
+    disk = "/v1/disks/{uuid}"
+    app.add_route("/v1/disks", DiskCollection(service))
+    app.add_route(disk, DiskItem(service))
+    app.add_route(disk + "/content", DiskContent(service))
+    app.add_route(disk + "/content/upload", DiskUpload(service))
+    app.add_route(disk + "/hydrate", DiskHydration(service))
+    app.add_route(disk + "/restore", DiskRestoration(service))
+    app.add_route(disk + "/save", DiskSave(service))
+    snapshots = disk + "/snapshots"
+    app.add_route(snapshots, SnapshotCollection(service))
+    app.add_route(snapshots + "/{snapshot_id}", SnapshotItem(service))
+    app.add_route(snapshots + "/{snapshot_id}/rollback", SnapshotRollback(service))
+    attachments = disk + "/attachments"
+    app.add_route(attachments, AttachmentCollection(service))
+    attachment = AttachmentItem(service)
+    app.add_route(attachments + "/{attachment_id}", attachment)
+    for suffix in ("migrate", "complete", "lease"):
+        app.add_route(f"{attachments}/{{attachment_id}}/{suffix}", attachment, suffix=suffix)

@@ -34,6 +34,5 @@ def caller_of(environ: dict[str, Any], administrators: str) -> Caller:
         name, groups = account.pw_name, os.getgrouplist(account.pw_name, account.pw_gid)
     except KeyError:
         name, groups = str(user), []
-    return Caller(
-        name=name, administrator=user == 0 or group_id(administrators) in (group, *groups)
-    )
+    administrator = user == 0 or group_id(administrators) in (group, *groups)
+    return Caller(name, "admin" if administrator else "user")

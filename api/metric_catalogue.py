@@ -68,7 +68,7 @@ DISKS: tuple[Metric, ...] = (
     _counter("disk_request_errors", "Requests of an attached overlay disk answered by an error.",
              "disk", "operation", source="disk_errors"),
 )  # fmt: skip
-"""The same, by disk; shown to administrators, as all that names a disk."""
+"""The same, by disk; shown to operators, as all that names a disk."""
 
 TALLIED: tuple[Metric, ...] = (
     _counter("fetch_remote_bytes", "Bytes moved from origins and peers, as they sent them.",
@@ -150,7 +150,7 @@ IN_USE: tuple[Metric, ...] = (
     _gauge("disk_boot_wait_seconds", "The same since the disk was attached.", "disk"),
     _gauge("disk_boot_remote_bytes", "Bytes fetched for it since then.", "disk"),
 )  # fmt: skip
-"""By image and disk, of those in use: attached, or on their way; for administrators."""
+"""By image and disk, of those in use: attached, or on their way; for operators."""
 
 PROCESSES: tuple[Metric, ...] = (
     _counter("process_restarts", "Starts after the first.", "process"),

@@ -15,7 +15,7 @@ from stratocache.fs.shared_images import SharedImages
 from stratocache.fs.state import Database
 
 _SCHEME = "Bearer "
-_PEER = Caller("peer", True)
+_PEER = Caller("peer", "operator")
 """Any peer; the two routes give nothing that is somebody's own."""
 
 

@@ -171,7 +171,7 @@ class ImageDetails(ImageView):
     checked_at: str | None
     """When its catalogue last answered a question about it; None = not since it was fetched."""
     attached_to: list[str]
-    """Instances that have it read-only; for administrators."""
+    """Instances that have it read-only; for operators."""
     disks: list[LineageDisk]
     """Made of it, and visible to the caller: oldest first, clones of a snapshot below it."""
     disk_count: int

@@ -34,7 +34,7 @@ from stratocache.cache.errors import (
     Refused,
 )
 from stratocache.cache.space import Space, full_disk_is_no_space
-from stratocache.fs import inventory, transfers
+from stratocache.fs import inventory, rights, transfers
 from stratocache.fs.content_hold import disk_directory, hold_for_writing
 from stratocache.fs.content_source import FileSource
 from stratocache.fs.records import Caller, Disk
@@ -151,7 +151,7 @@ class Uploads:
 
     def _writable_disk(self, caller: Caller, uuid: str) -> Disk:
         disk = inventory.disk(self._db, caller, uuid)
-        if not (caller.administrator or disk.owner == caller.name):
+        if not rights.rights(self._db, caller, disk).write:
             raise Refused("disk-not-yours", f"Disk {uuid} belongs to {disk.owner}.")
         return disk
 

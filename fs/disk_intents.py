@@ -16,6 +16,7 @@ from stratocache.fs.intents import (
 )
 from stratocache.fs.migrations import require_settled
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation, Visibility
+from stratocache.fs.rights import require_read
 from stratocache.fs.state import Database, now, record_event
 
 
@@ -23,7 +24,8 @@ def create_disk(db: Database, caller: Caller, request: DiskRequest) -> Operation
     """Ask for a disk; the operation's subject is its UUID.
 
     Raises `InvalidInput` (`size-missing` for a blank disk without a size, `size-too-small`,
-    `origin-ambiguous`), `NotFound` (`snapshot-unknown`) and `Conflict` (`snapshot-busy`).
+    `origin-ambiguous`), `NotFound` (`snapshot-unknown`),
+    `Refused` (`disk-not-yours`) and `Conflict` (`snapshot-busy`).
     """
     if request.reference is None and request.snapshot is None and request.size_bytes is None:
         raise InvalidInput(
@@ -67,6 +69,7 @@ def _insert_clone(
         )
     parent = inventory.find_disk(db, snapshot.disk_uuid)
     assert parent is not None  # a snapshot's row refers to it
+    require_read(db, caller, parent)
     refuse_fenced(db, parent)
     insert_disk(
         connection, caller.name, uuid, request, size_bytes=size_bytes,
@@ -94,7 +97,7 @@ def update_disk(
             "owner = coalesce(?, owner) WHERE uuid = ?",
             (tag, visibility, owner, uuid),
         )
-    return inventory.disk(db, Caller(caller.name, True), uuid)
+    return inventory.disk(db, Caller(caller.name, "admin"), uuid)
 
 
 def resize_disk(db: Database, caller: Caller, uuid: str, size_bytes: int) -> Operation:
@@ -148,7 +151,7 @@ def restore_disk(db: Database, caller: Caller, uuid: str) -> Disk:
         record_event(
             connection, "disk.restored", uuid, f"{caller.name} took disk {uuid} out of quarantine."
         )
-    return inventory.disk(db, Caller(caller.name, True), uuid)
+    return inventory.disk(db, Caller(caller.name, "admin"), uuid)
 
 
 def delete_disk(

@@ -20,7 +20,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, InvalidInput, NoSpace, NotFound
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
-from stratocache.fs.intents import add_operation, require_administrator
+from stratocache.fs.intents import add_operation, require_operator
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan, why_kept
 from stratocache.fs.operations import finish
 from stratocache.fs.records import Caller, Operation
@@ -49,7 +49,7 @@ def request_eviction(
     Raises `Conflict` (`image-held`) naming what holds the image, `InvalidInput`
     (`eviction-ambiguous`), `NotFound`, `Refused`.
     """
-    require_administrator(caller)
+    require_operator(caller)
     if image_id is not None and size_bytes is not None:
         raise InvalidInput("eviction-ambiguous", "Give an image or a number of bytes, not both.")
     with db.transaction() as connection:

@@ -59,7 +59,7 @@ _RETRY_INTERVAL_S = 0.5
 _IDLE_INTERVAL_S = 30.0
 _LEASE_GRACE_S = 0.01
 """So that what is over is so at the next look."""
-_SELF = Caller("blockd", True)
+_SELF = Caller("blockd", "admin")
 
 
 class Housekeeping:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stratocache.cache.errors import Conflict, NotFound, Refused
-from stratocache.fs import content_hold, inventory, records
+from stratocache.fs import content_hold, inventory, records, rights
 from stratocache.fs.records import (
     Access,
     Attachment,
@@ -43,9 +43,9 @@ CANCELLABLE = frozenset({
 
 
 def request_fetch(db: Database, caller: Caller, reference: str, *, pin: bool = False) -> Operation:
-    """Ask for an image to be in the cache, for good when `pin` is set (administrators only)."""
+    """Ask for an image to be in the cache, for good when `pin` is set (operators only)."""
     if pin:
-        require_administrator(caller)
+        require_operator(caller)
     with db.transaction() as connection:
         return add_operation(
             connection, caller, "fetch", reference, {"reference": reference, "pin": pin}
@@ -57,7 +57,7 @@ def request_image_deletion(db: Database, caller: Caller, image_id: str) -> Opera
 
     Raises `Conflict` (`image-in-use`, `image-pinned`, `image-busy`) and `NotFound`.
     """
-    require_administrator(caller)
+    require_operator(caller)
     with db.transaction() as connection:
         image = inventory.image(db, image_id)
         if image.state == "fetching":
@@ -91,7 +91,7 @@ def _refuse_needed_image(db: Database, image_id: str) -> None:
 
 def set_pin(db: Database, caller: Caller, image_id: str, pinned: bool) -> Image:
     """Pin or unpin an image; doing so twice is no error."""
-    require_administrator(caller)
+    require_operator(caller)
     with db.transaction() as connection:
         inventory.image(db, image_id)
         connection.execute("UPDATE images SET pinned = ? WHERE id = ?", (pinned, image_id))
@@ -144,8 +144,9 @@ def check_attachable(db: Database, caller: Caller, disk: Disk, access: Access) -
         raise Conflict("disk-missing", f"{disk.problem} Bring them back, or delete the disk.")
     refuse_busy(db, disk.uuid, "rollback")
     refuse_fenced(db, disk)
+    granted = rights.require_read(db, caller, disk)
     if access == "rw":
-        if not (caller.administrator or caller.name == disk.owner):
+        if not granted.write:
             raise Refused("disk-not-yours", f"Disk {disk.uuid} may only be attached read-only.")
         if disk.kind == "readonly":
             raise Refused(
@@ -205,7 +206,7 @@ def detach(
     (`epoch-stale`) when its epoch is not the given one.
     """
     with db.transaction() as connection:
-        attachment = own_attachment(db, caller, attachment_id, epoch=epoch)
+        attachment = own_attachment(db, caller, attachment_id, epoch=epoch, ending=True)
         if attachment.state == "removing":
             under_way = inventory.open_operations(db, attachment_id, "detach")
             if under_way:
@@ -217,13 +218,26 @@ def detach(
 
 
 def own_attachment(
-    db: Database, caller: Caller, attachment_id: str, *, epoch: int | None = None
+    db: Database,
+    caller: Caller,
+    attachment_id: str,
+    *,
+    epoch: int | None = None,
+    ending: bool = False,
 ) -> Attachment:
-    """Return an attachment that the caller may change; raises `NotFound` and `Conflict`
-    (`epoch-stale`)."""
+    """Return an attachment that the caller may change, or end: operators may end everybody's.
+
+    Raises `NotFound`, `Refused` (`attachment-not-yours`) for one of a disk that the caller sees, and
+    `Conflict` (`epoch-stale`).
+    """
     attachment = inventory.attachment(db, attachment_id)
-    if not caller.administrator and attachment.owner != caller.name:
-        raise NotFound("attachment-unknown", f"No attachment {attachment_id}.")
+    if not may_change(caller, attachment.owner, ending=ending):
+        held = inventory.find_disk(db, attachment.disk_uuid or "")
+        if not caller.operator and (held is None or not rights.rights(db, caller, held).see):
+            raise NotFound("attachment-unknown", f"No attachment {attachment_id}.")
+        raise Refused(
+            "attachment-not-yours", f"Attachment {attachment_id} belongs to {attachment.owner}."
+        )
     require_epoch(epoch, attachment.epoch, f"Attachment {attachment_id}")
     return attachment
 
@@ -285,7 +299,7 @@ def halt(
     (`epoch-stale`) when the instance has been launched anew since.
     """
     with db.transaction() as connection:
-        launch = own_launch(db, caller, instance, epoch=epoch)
+        launch = own_launch(db, caller, instance, epoch=epoch, ending=True)
         if launch.state == "preparing":
             raise Conflict(
                 "instance-busy",
@@ -299,13 +313,24 @@ def halt(
         return add_operation(connection, caller, "halt", instance, {"failed": failed})
 
 
-def own_launch(db: Database, caller: Caller, instance: str, *, epoch: int | None = None) -> Launch:
-    """Return a launch that the caller may change; raises `NotFound` and `Conflict`
-    (`epoch-stale`)."""
+def own_launch(
+    db: Database,
+    caller: Caller,
+    instance: str,
+    *,
+    epoch: int | None = None,
+    ending: bool = False,
+) -> Launch:
+    """Return a launch that the caller may change, or end: operators may end everybody's.
+
+    Raises `NotFound`, `Refused` (`launch-not-yours`) and `Conflict` (`epoch-stale`).
+    """
     launch = inventory.launch(db, instance)
-    started = inventory.operation(db, launch.operation_id)
-    if not caller.administrator and started.owner != caller.name:
-        raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+    owner = inventory.operation(db, launch.operation_id).owner
+    if not may_change(caller, owner, ending=ending):
+        if not caller.operator:
+            raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+        raise Refused("launch-not-yours", f"Instance {instance} was launched by {owner}.")
     require_epoch(epoch, launch.epoch, f"Instance {instance}")
     return launch
 
@@ -372,9 +397,7 @@ def stop_work(connection: sqlite3.Connection, uuid: str) -> None:
 def request_cancel(db: Database, caller: Caller, operation_id: str) -> Operation:
     """Ask for an operation to stop; one that has ended stays as it is."""
     with db.transaction() as connection:
-        operation = inventory.operation(db, operation_id)
-        if not caller.administrator and operation.owner != caller.name:
-            raise NotFound("operation-unknown", f"No operation {operation_id}.")
+        operation = own_operation(db, caller, operation_id)
         if operation.finished:
             return operation
         if operation.kind not in CANCELLABLE:
@@ -384,6 +407,17 @@ def request_cancel(db: Database, caller: Caller, operation_id: str) -> Operation
             (now(), operation_id),
         )
     return inventory.operation(db, operation_id)
+
+
+def own_operation(db: Database, caller: Caller, operation_id: str) -> Operation:
+    """Return an operation that the caller may see and stop: their own, operators everybody's.
+
+    Raises `NotFound` (`operation-unknown`).
+    """
+    operation = inventory.operation(db, operation_id)
+    if not may_change(caller, operation.owner, ending=True):
+        raise NotFound("operation-unknown", f"No operation {operation_id}.")
+    return operation
 
 
 def insert_attachment(
@@ -451,12 +485,23 @@ def add_operation(
 def own_disk(db: Database, caller: Caller, uuid: str) -> Disk:
     """Return a disk that the caller may change; raises `Refused` (`disk-not-yours`), `NotFound`."""
     disk = inventory.disk(db, caller, uuid)
-    if not (caller.administrator or disk.owner == caller.name):
+    if not rights.rights(db, caller, disk).own:
         raise Refused("disk-not-yours", f"Disk {uuid} belongs to {disk.owner}.")
     return disk
 
 
+def may_change(caller: Caller, owner: str, *, ending: bool) -> bool:
+    """Tell whether the caller may change, or end, what somebody has asked for."""
+    return caller.name == owner or (caller.operator if ending else caller.administrator)
+
+
 def require_administrator(caller: Caller) -> None:
-    """Raise `Refused` (`administrator-only`) for an ordinary user."""
+    """Raise `Refused` (`not-allowed`) for others than administrators."""
     if not caller.administrator:
-        raise Refused("administrator-only", "Only administrators may do this.")
+        raise Refused("not-allowed", "Only administrators may do this.")
+
+
+def require_operator(caller: Caller) -> None:
+    """Raise `Refused` (`not-allowed`) for ordinary users."""
+    if not caller.operator:
+        raise Refused("not-allowed", "Only operators and administrators may do this.")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from stratocache.cache.errors import NotFound
-from stratocache.fs import records
+from stratocache.fs import records, rights
 from stratocache.fs.records import (
     Attachment,
     Caller,
@@ -58,7 +58,7 @@ def disks(
     after: int = 0,
     limit: int | None = None,
 ) -> list[Disk]:
-    """Return the disks that the caller may see (own, public, or all for an administrator).
+    """Return the disks that the caller may see (own, public, or all for an operator).
 
     In the order of their numbers: at most `limit` of a greater number than `after`, of those that
     match every given value.
@@ -70,7 +70,7 @@ def disks(
         "SELECT * FROM disks WHERE number > ? AND (? OR owner = ? OR visibility = 'public')"
         f"{conditions} ORDER BY number LIMIT ?",
         after,
-        caller.administrator,
+        caller.operator,
         caller.name,
         *wanted.values(),
         -1 if limit is None else limit,
@@ -87,14 +87,14 @@ def find_disk(db: Database, uuid: str) -> Disk | None:
 def disk(db: Database, caller: Caller, uuid: str) -> Disk:
     """Return a disk; one that the caller may not see does not exist (`NotFound`, `disk-unknown`)."""
     found = find_disk(db, uuid)
-    if found is None or not may_see(caller, found):
+    if found is None or not may_see(db, caller, found):
         raise NotFound("disk-unknown", f"No disk {uuid}; `stratocache disk ls` lists yours.")
     return found
 
 
-def may_see(caller: Caller, disk: Disk) -> bool:
-    """Tell whether a disk exists for the caller: own, public, or any for an administrator."""
-    return caller.administrator or disk.owner == caller.name or disk.visibility == "public"
+def may_see(db: Database, caller: Caller, disk: Disk) -> bool:
+    """Tell whether a disk exists for the caller (`stratocache.fs.rights`)."""
+    return rights.rights(db, caller, disk).see
 
 
 def snapshots(db: Database, disk_uuid: str) -> list[Snapshot]:
@@ -121,7 +121,7 @@ def snapshot(
     found = find_snapshot(db, snapshot_id)
     if found is not None and disk_uuid in (None, found.disk_uuid):
         parent = find_disk(db, found.disk_uuid)
-        if parent is not None and may_see(caller, parent):
+        if parent is not None and may_see(db, caller, parent):
             return found
     raise NotFound(
         "snapshot-unknown", f"No snapshot {snapshot_id}; `stratocache disk snapshots` lists them."

@@ -96,7 +96,7 @@ def insert_launch(
 
     Raises what `intents` raises, and `Conflict` (`image-busy`).
     """
-    authorised = Caller(operation.owner, True)  # checked when the launch was asked for
+    authorised = Caller(operation.owner, "admin")  # checked when the launch was asked for
     if inventory.launch(db, request.instance).boot_disk is not None:
         return
     uuid = operation.id  # the clone's UUID, so that a repetition makes the same disk

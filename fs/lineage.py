@@ -51,7 +51,7 @@ def lineage_of(
     db: Database, caller: Caller, image_id: str, *, nodes_max: int = NODES_MAX
 ) -> Lineage:
     """Return what was made of an image, as far as the caller may see it."""
-    given = (image_id, caller.administrator, caller.name)
+    given = (image_id, caller.operator, caller.name)
     disks = [
         records.disk_from(row)
         for row in db.rows(

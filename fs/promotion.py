@@ -76,7 +76,7 @@ class Promotion:
         for row in self._db.rows(_PROMOTABLE):
             try:
                 await trio.to_thread.run_sync(
-                    disk_intents.hydrate_disk, self._db, Caller(row["owner"], True), row["uuid"]
+                    disk_intents.hydrate_disk, self._db, Caller(row["owner"], "admin"), row["uuid"]
                 )
             except StratocacheError as error:
                 log.debug("disk %s is not promoted now: %s", row["uuid"], error)

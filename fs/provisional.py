@@ -49,7 +49,7 @@ Report = Callable[[int, int | None], None]
 
 RETRY_S = 30.0
 """After a completion that failed, while somebody uses the image."""
-_SELF = Caller("blockd", True)
+_SELF = Caller("blockd", "admin")
 
 
 class Interest(Protocol):

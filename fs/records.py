@@ -28,12 +28,33 @@ SAVED_VALID_DAYS = 178
 """How long the metadata of a saved disk is valid, from its signing on, unless somebody says else."""
 
 
+Role = Literal["user", "operator", "admin"]
+"""What somebody may do at most (`api/ACCOUNTS.md`)."""
+ROLES: tuple[Role, ...] = ("user", "operator", "admin")
+"""Each may do all that those before it may."""
+Scope = Literal["read", "launch", "disks", "images", "admin"]
+"""What a token may be used for, within what its owner's role allows."""
+SCOPES: tuple[Scope, ...] = ("read", "launch", "disks", "images", "admin")
+ALL_SCOPES: frozenset[Scope] = frozenset(SCOPES)
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a user name, and whether everything is allowed to them."""
+    """Who asks: a user name, a role, and the scopes of the token that was sent."""
 
     name: str
-    administrator: bool
+    role: Role
+    scopes: frozenset[Scope] = ALL_SCOPES
+
+    @property
+    def administrator(self) -> bool:
+        """Whether everything is allowed."""
+        return self.role == "admin"
+
+    @property
+    def operator(self) -> bool:
+        """Whether images, the cache and everybody's work are theirs to look after."""
+        return self.role in ("operator", "admin")
 
 
 @dataclass(frozen=True, slots=True)

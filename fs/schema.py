@@ -388,4 +388,79 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     INSERT INTO peer_service (id) VALUES (1);
     """,
+    """
+    CREATE TABLE accounts (                 -- who may come over the network; api/ACCOUNTS.md
+        name                TEXT PRIMARY KEY,
+        role                TEXT NOT NULL CHECK (role IN ('user', 'operator', 'admin')),
+        enabled             INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)), -- 0 = nobody is it
+        password_hash       TEXT,           -- argon2id, PHC string; NULL = no log-in by password
+        certificate_subject TEXT,           -- as given: a distinguished name, or sha256:HEX
+        certificate_key     TEXT UNIQUE,    -- the same in one form, by which it is found
+        quota_bytes         INTEGER CHECK (quota_bytes >= 0),       -- NULL = no limit, as below
+        quota_disks         INTEGER CHECK (quota_disks >= 0),
+        quota_attachments   INTEGER CHECK (quota_attachments >= 0),
+        created_at          TEXT NOT NULL,
+        last_login_at       TEXT            -- by password or certificate; NULL = never
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE tokens (
+        id           TEXT PRIMARY KEY,      -- version 4 UUID, by which it is spoken of
+        account      TEXT NOT NULL REFERENCES accounts (name) ON DELETE CASCADE,
+        digest       TEXT NOT NULL UNIQUE,  -- SHA-256 of the token, which is stored nowhere
+        description  TEXT NOT NULL DEFAULT '',
+        scopes       TEXT NOT NULL,         -- JSON list, see stratocache.fs.records.SCOPES
+        created_at   TEXT NOT NULL,
+        expires_at   TEXT,                  -- NULL = never
+        last_used_at TEXT                   -- some minutes late; NULL = never
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX tokens_by_account ON tokens (account);
+
+    CREATE TABLE sessions (                 -- of browsers
+        digest     TEXT PRIMARY KEY,        -- SHA-256 of the cookie, which is stored nowhere
+        account    TEXT NOT NULL REFERENCES accounts (name) ON DELETE CASCADE,
+        address    TEXT NOT NULL,           -- where somebody logged in from
+        created_at TEXT NOT NULL,
+        expires_at TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX sessions_by_account ON sessions (account);
+
+    CREATE TABLE first_token (              -- one row at most, as long as there is no account
+        id     INTEGER PRIMARY KEY CHECK (id = 1),
+        digest TEXT NOT NULL                -- SHA-256 of the token in STATE_DIR/first-token
+    ) STRICT;
+
+    CREATE TABLE login_failures (           -- of the last minutes
+        key TEXT NOT NULL,                  -- name:NAME or address:ADDRESS
+        at  REAL NOT NULL                   -- seconds since 1970
+    ) STRICT;
+    CREATE INDEX login_failures_by_key ON login_failures (key, at);
+
+    CREATE TABLE audit (                    -- who changed what, and who was refused
+        number       INTEGER PRIMARY KEY AUTOINCREMENT,
+        at           TEXT NOT NULL,
+        user         TEXT,                  -- NULL = nobody that we know
+        address      TEXT NOT NULL,         -- IP address, or unix
+        method       TEXT NOT NULL,
+        action       TEXT NOT NULL,         -- such as disk.delete; stratocache.api.authorisation
+        subject      TEXT NOT NULL,         -- disk, image, account…; '' = none
+        outcome      TEXT NOT NULL CHECK (outcome IN ('done', 'accepted', 'refused', 'failed')),
+        status       INTEGER NOT NULL,      -- of HTTP
+        operation_id TEXT,
+        message      TEXT NOT NULL          -- a sentence, '' when all went well; never a secret
+    ) STRICT;
+    CREATE INDEX audit_by_user ON audit (user, number);
+    CREATE INDEX audit_by_subject ON audit (subject, number);
+    CREATE TABLE audit_retention (          -- one row
+        id     INTEGER PRIMARY KEY CHECK (id = 1),
+        before TEXT                         -- lines of before may go, within this transaction only
+    ) STRICT;
+    INSERT INTO audit_retention VALUES (1, NULL);
+    CREATE TRIGGER keep_audit_as_written BEFORE UPDATE ON audit BEGIN
+        SELECT raise(ABORT, 'the audit log is append-only');
+    END;
+    CREATE TRIGGER keep_audit BEFORE DELETE ON audit
+    WHEN OLD.at >= coalesce((SELECT before FROM audit_retention), '') BEGIN
+        SELECT raise(ABORT, 'the audit log is append-only');
+    END;
+    """,
 )

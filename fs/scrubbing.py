@@ -21,7 +21,7 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.images import ImageStore
 from stratocache.cache.repair import Repairer
 from stratocache.cache.scrub import Scrub, Tally
-from stratocache.fs.intents import require_administrator
+from stratocache.fs.intents import require_operator
 from stratocache.fs.losses import RepairRecord
 from stratocache.fs.manifests import incomplete_manifests, published_manifests
 from stratocache.fs.records import Caller
@@ -72,9 +72,9 @@ def scrub_state(db: Database) -> ScrubState:
 def request_scrub(db: Database, caller: Caller, action: str) -> ScrubState:
     """Ask the scrubber to begin a pass now (`now`), to `pause`, or to `resume`; twice is no error.
 
-    Raises `Refused` (`administrator-only`).
+    Raises `Refused` (`not-allowed`).
     """
-    require_administrator(caller)
+    require_operator(caller)
     change = {"now": "requested = 1, paused = 0", "pause": "paused = 1", "resume": "paused = 0"}
     with db.transaction() as connection:
         connection.execute(f"UPDATE scrub SET {change[action]}")

@@ -23,7 +23,7 @@ from stratocache.fs.state import Database
 _SECTOR_BYTES = 512  # stat(2), st_blocks
 _SNAPSHOTS = "snapshots"
 _UNFINISHED = ("stage", "transfers")
-_EVERYBODY = Caller("space", True)
+_EVERYBODY = Caller("space", "admin")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from stratocache.cache.images import ImageReader, ImageStore
 from stratocache.cache.repair import Repairer
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
-from stratocache.fs.intents import add_operation
+from stratocache.fs.intents import add_operation, require_operator
 from stratocache.fs.operations import finish
 from stratocache.fs.provisional import ProvisionalImages, rejected
 from stratocache.fs.records import COMPLETE, Caller, Operation
@@ -25,10 +25,11 @@ VERIFY = "verify-image"
 
 
 def request_verification(db: Database, caller: Caller, image_id: str) -> Operation:
-    """Ask for an image to be verified; raises `NotFound` (`image-unknown`).
+    """Ask for an image to be verified; raises `NotFound` (`image-unknown`), `Refused`.
 
     Asked again while that is under way it answers with the operation that does it.
     """
+    require_operator(caller)
     with db.transaction() as connection:
         inventory.image(db, image_id)
         under_way = inventory.open_operations(db, image_id, VERIFY)

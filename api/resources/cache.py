@@ -11,7 +11,7 @@ from stratocache.api.representations import OperationView, Representation
 from stratocache.api.service import Service, require_success
 from stratocache.cache.configuration import CacheSettings
 from stratocache.fs import eviction, fetch_account, inventory, scrubbing, space_plan
-from stratocache.fs.intents import require_administrator
+from stratocache.fs.intents import require_operator
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan
 from stratocache.fs.losses import Loss, losses
 from stratocache.fs.offline_plan import Weakness, weaknesses
@@ -59,7 +59,7 @@ class LossView(Representation):
     def of(cls, loss: Loss, db: Database, caller: Caller) -> Self:
         """Show a loss as a caller may see it."""
         disks = [inventory.find_disk(db, uuid) for uuid in loss.disks]
-        seen = [disk.uuid for disk in disks if disk and inventory.may_see(caller, disk)]
+        seen = [disk.uuid for disk in disks if disk and inventory.may_see(db, caller, disk)]
         return cls(**{
             **asdict(loss), "images": list(loss.images), "disk_count": len(disks), "disks": seen
         })  # fmt: skip
@@ -166,7 +166,7 @@ class HoldingView(Representation):
     disks: list[str]
     """UUIDs of the disks that read from it and that the caller may see."""
     instances: list[str]
-    """Instances that have it attached, read-only; for administrators."""
+    """Instances that have it attached, read-only; for operators."""
     instance_count: int
     snapshot_count: int
     created_at: str
@@ -174,7 +174,7 @@ class HoldingView(Representation):
     order: int | None
     """Its turn to be evicted, from 1; None = it stays."""
     kept_because: str | None
-    """Why it stays, with the names of what holds it; for others than administrators without."""
+    """Why it stays, with the names of what holds it; for others than operators without."""
     stored_bytes: int
     """All chunks that it names."""
     freed_bytes: int
@@ -189,11 +189,11 @@ class HoldingView(Representation):
     """Where it would come from."""
 
     @classmethod
-    def of(cls, candidate: Candidate, caller: Caller) -> Self:
+    def of(cls, candidate: Candidate, db: Database, caller: Caller) -> Self:
         """Show an image as a caller may see it."""
         holding, image = candidate.holding, candidate.image
         reason = candidate.kept_because
-        if reason is not None and holding.held and not caller.administrator:
+        if reason is not None and holding.held and not caller.operator:
             reason = "pinned" if image.pinned else "in use"
         instances = sorted({attachment.instance for attachment in holding.attachments})
         return cls(
@@ -204,8 +204,8 @@ class HoldingView(Representation):
             pinned=image.pinned,
             held=holding.held,
             disk_count=len(holding.disks),
-            disks=[disk.uuid for disk in holding.disks if inventory.may_see(caller, disk)],
-            instances=instances if caller.administrator else [],
+            disks=[disk.uuid for disk in holding.disks if inventory.may_see(db, caller, disk)],
+            instances=instances if caller.operator else [],
             instance_count=len(instances),
             snapshot_count=len(holding.snapshots),
             created_at=image.created_at,
@@ -312,7 +312,7 @@ class CachePlan:
         account = space_plan.account(configuration, db)
         plan = PlanView(
             space=CacheView.of(account, configuration.cache),
-            images=[HoldingView.of(item, caller) for item in eviction_plan(configuration, db)],
+            images=[HoldingView.of(item, db, caller) for item in eviction_plan(configuration, db)],
         )
         answers.show(response, plan)
 
@@ -331,7 +331,7 @@ class CacheEviction:
         wanted = read_body(request, EvictionRequest)
         caller, db = answers.caller(request), self._service.db
         if wanted.dry_run:
-            require_administrator(caller)
+            require_operator(caller)
             answers.show(response, self._preview(wanted, caller))
             return
         operation = self._service.start(
@@ -358,7 +358,7 @@ class CacheEviction:
                 wanted_bytes = eviction.surplus_bytes(configuration, used_bytes, free_bytes)
             chosen = choose(plan, wanted_bytes)
         return EvictionView(
-            images=[HoldingView.of(item, caller) for item in chosen],
+            images=[HoldingView.of(item, db, caller) for item in chosen],
             freed_bytes=sum(item.freed_bytes for item in chosen),
         )
 

@@ -30,6 +30,7 @@ from stratocache.fs.content_export import export_qcow2
 from stratocache.fs.content_hold import hold_for_reading, hold_snapshot
 from stratocache.fs.content_source import Source, disk_tag, open_disk, open_snapshot, sha256_of
 from stratocache.fs.content_upload import ContentFormat, Upload, Uploads
+from stratocache.fs.rights import require_read
 
 _STALL_S = 60
 """A client that takes, or sends, nothing for so long is gone: it holds a disk and a thread."""
@@ -134,6 +135,7 @@ class DiskContent:
         source: Source
         with db.transaction():
             disk = inventory.disk(db, caller, uuid)
+            require_read(db, caller, disk)
             if snapshot_id is None:
                 held.enter_context(hold_for_reading(db, disk))
             else:

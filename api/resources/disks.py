@@ -100,7 +100,7 @@ class DiskItem:
                 answers.accept(response, growth)
                 return
         # as it is now, also for whom it has just been given away by
-        answers.show(response, _view(self._service, Caller(caller.name, True), uuid))
+        answers.show(response, _view(self._service, Caller(caller.name, "admin"), uuid))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """Delete a disk that is not attached: 204, or 202 when that takes longer than `?wait=`.

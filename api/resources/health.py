@@ -56,7 +56,12 @@ class Index:
                 "page_length": query.PAGE_LENGTH,
                 "page_length_max": query.PAGE_LENGTH_MAX,
             },
-            "caller": {"name": caller.name, "administrator": caller.administrator},
+            "caller": {
+                "name": caller.name,
+                "role": caller.role,
+                "scopes": sorted(caller.scopes),
+                "administrator": caller.administrator,
+            },
         }
         response.content_type = falcon.MEDIA_JSON
         response.data = json.dumps(document).encode()
@@ -96,9 +101,9 @@ class MetricsPage:
         self._metrics: Metrics | None = None
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """Answer in Prometheus' text format; only administrators see single images and disks."""
+        """Answer in Prometheus' text format; only operators see single images and disks."""
         query.require_known(request)
-        response.data = self._made().text(everything=answers.caller(request).administrator)
+        response.data = self._made().text(everything=answers.caller(request).operator)
         response.content_type = "text/plain; version=0.0.4; charset=utf-8"
 
     def _made(self) -> "Metrics":

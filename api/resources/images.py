@@ -106,7 +106,7 @@ class ImageBootSet:
     def on_put(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Take a boot set from elsewhere: 204."""
         query.require_known(request)
-        intents.require_administrator(answers.caller(request))
+        intents.require_operator(answers.caller(request))
         image = inventory.image(self._service.db, image_id)
         content = request.bounded_stream.read(bootset.BYTES_MAX + 1)
         indexes = bootset.decode(content, image.size_bytes or 0)
@@ -168,7 +168,7 @@ def _details(
 ) -> ImageDetails:
     db, state_dir = service.db, service.configuration.state_dir
     account = fetch_account.of_image(db, image)
-    held = inventory.attachments(db, image_id=image.id) if caller.administrator else []
+    held = inventory.attachments(db, image_id=image.id) if caller.operator else []
     return ImageDetails.with_account(
         image, account, lineage_of(db, caller, image.id), [item.instance for item in held],
         shared_bytes=service.sharing.shared_bytes(image.id),

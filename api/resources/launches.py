@@ -18,7 +18,7 @@ class LaunchCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """List the caller's launches, all for an administrator; `?state=` chooses."""
+        """List the caller's launches, all for an operator; `?state=` chooses."""
         query.require_known(request, "limit", "after", "state")
         caller, state = answers.caller(request), request.get_param("state")
         found = [
@@ -117,7 +117,7 @@ class LaunchLease:
 
 
 def _visible(service: Service, caller: Caller, launch: Launch) -> bool:
-    if caller.administrator:
+    if caller.operator:
         return True
     return inventory.operation(service.db, launch.operation_id).owner == caller.name
 

@@ -5,9 +5,7 @@ import falcon
 from stratocache.api import answers, query
 from stratocache.api.representations import OperationView
 from stratocache.api.service import Service
-from stratocache.cache.errors import NotFound
 from stratocache.fs import intents, inventory
-from stratocache.fs.records import Caller, Operation
 
 
 class OperationCollection:
@@ -17,7 +15,7 @@ class OperationCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """List the caller's operations, all for an administrator, oldest first."""
+        """List the caller's operations, all for an operator, oldest first."""
         query.require_known(request, "limit", "after", "state", "kind", "subject")
         caller = answers.caller(request)
         state, kind = request.get_param("state"), request.get_param("kind")
@@ -26,7 +24,7 @@ class OperationCollection:
             for operation in inventory.operations(
                 self._service.db, subject=request.get_param("subject")
             )
-            if _visible(caller, operation)
+            if intents.may_change(caller, operation.owner, ending=True)
             and (state is None or operation.state == state)
             and (kind is None or operation.kind == kind)
         ]
@@ -45,7 +43,7 @@ class OperationItem:
         """Show an operation, after its end or `?wait=` seconds, whichever comes first."""
         query.require_known(request, "wait")
         wait_s = query.wait_seconds(request, default=0)
-        operation = self._find(answers.caller(request), operation_id)
+        operation = intents.own_operation(self._service.db, answers.caller(request), operation_id)
         answers.show(response, OperationView.of(self._service.wait(operation, wait_s)))
 
     def on_delete(
@@ -55,7 +53,6 @@ class OperationItem:
         query.require_known(request, "wait")
         wait_s = query.wait_seconds(request, default=60)
         caller = answers.caller(request)
-        self._find(caller, operation_id)
         operation = self._service.start(
             intents.request_cancel(self._service.db, caller, operation_id), wait_s
         )
@@ -63,13 +60,3 @@ class OperationItem:
             answers.show(response, OperationView.of(operation))
         else:
             answers.accept(response, operation)
-
-    def _find(self, caller: Caller, operation_id: str) -> Operation:
-        operation = inventory.operation(self._service.db, operation_id)
-        if not _visible(caller, operation):
-            raise NotFound("operation-unknown", f"No operation {operation_id}.")
-        return operation
-
-
-def _visible(caller: Caller, operation: Operation) -> bool:
-    return caller.administrator or operation.owner == caller.name

@@ -1,6 +1,6 @@
 """`/v1/chunks/{digest}` and `/v1/images/{image_id}/manifest`: what peers read (cache/PEERS.md).
 
-The same resources answer administrators on the Unix socket, where nothing is limited.
+The same resources answer operators on the Unix socket, where nothing is limited.
 """
 
 import re
@@ -11,7 +11,7 @@ import falcon
 
 from stratocache.api import query
 from stratocache.cache.errors import InvalidInput, NotFound
-from stratocache.fs.intents import require_administrator
+from stratocache.fs.intents import require_operator
 from stratocache.fs.records import Caller
 from stratocache.fs.shared_images import SharedImages
 
@@ -34,7 +34,7 @@ class Ration(Protocol):
 
 
 class _Unlimited:
-    """The ration of administrators."""
+    """The ration of operators."""
 
     def turn(self) -> AbstractContextManager[None]:
         """Wait for nobody."""
@@ -58,7 +58,7 @@ class _Shared:
         query.require_known(request, *parameters)
         caller = request.context.caller
         assert isinstance(caller, Caller)
-        require_administrator(caller)
+        require_operator(caller)
 
     def _answer(
         self, response: falcon.Response, content: bytes, media_type: str, *, manifest: bool

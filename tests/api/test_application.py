@@ -40,7 +40,12 @@ def test_index_tells_version_limits_and_caller(root: Requests) -> None:
     assert document["version"]
     assert "launches" in document["capabilities"]
     assert document["limits"]["size_bytes_max"] == 64 * 1024**4
-    assert document["caller"] == {"name": "root", "administrator": True}
+    assert document["caller"] == {
+        "name": "root",
+        "role": "admin",
+        "scopes": ["admin", "disks", "images", "launch", "read"],
+        "administrator": True,
+    }
 
 
 def test_request_without_unix_socket_is_not_authenticated(api: Api) -> None:
@@ -118,7 +123,7 @@ def test_operation_is_cancelled(api: Api, root: Requests) -> None:
 def test_operations_are_listed_to_their_owner(api: Api, root: Requests, nobody: Requests) -> None:
     """An ordinary user sees their own operations only; filters choose."""
     ours = intents.request_fetch(api.db, ROOT, "a")
-    theirs = intents.request_fetch(api.db, Caller("nobody", False), "b")
+    theirs = intents.request_fetch(api.db, Caller("nobody", "user"), "b")
 
     listed = root("GET", "/v1/operations").json["operations"]
     assert [item["id"] for item in listed] == [ours.id, theirs.id]

@@ -116,7 +116,7 @@ def test_lease_is_renewed(api: Api, root: Requests, nobody: Requests) -> None:
     again = root("PUT", lease, {}).json
     assert again["lease_expires_at"] > renewed.json["lease_expires_at"]
     problem(root("PUT", f"{lease}?epoch=7", {}), 409, "epoch-stale", "epoch")
-    problem(nobody("PUT", lease, {}), 404, "attachment-unknown")
+    problem(nobody("PUT", lease, {}), 403, "attachment-not-yours")
 
 
 def test_migration_over_http(api: Api, root: Requests, nobody: Requests) -> None:
@@ -127,7 +127,7 @@ def test_migration_over_http(api: Api, root: Requests, nobody: Requests) -> None
         begin = f"{path}/{source['id']}/migrate"
         problem(root("POST", begin, {"instance": "b", "timeout_s": 3601}), 400, "field-invalid",
                 "timeout_s")  # fmt: skip
-        problem(nobody("POST", begin, {"instance": "b"}), 404, "attachment-unknown")
+        problem(nobody("POST", begin, {"instance": "b"}), 403, "attachment-not-yours")
         aborted = root("POST", begin, {"instance": "vm-2"})
         assert aborted.status_code == 201
         assert aborted.json["migrates"] == source["id"]

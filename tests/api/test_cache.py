@@ -123,7 +123,7 @@ def test_evictions_are_asked_for_and_previewed(api: Api, root: Requests, nobody:
     problem(root("POST", "/v1/cache/evict", {"bytes": -1}), 400, "field-invalid", "bytes")
     both = {"image": IMAGE_ID, "bytes": 1}
     problem(root("POST", "/v1/cache/evict", both), 400, "eviction-ambiguous")
-    problem(nobody("POST", "/v1/cache/evict", {}), 403, "administrator-only")
+    problem(nobody("POST", "/v1/cache/evict", {}), 403, "not-allowed")
     preview = root("POST", "/v1/cache/evict", {"bytes": 10, "dry_run": True})
     assert preview.json == {"images": [], "freed_bytes": 0}
     assert api.db.rows("SELECT 1 FROM operations WHERE kind = 'evict'") == []
@@ -140,7 +140,7 @@ def test_scrubber_is_paused_and_resumed(api: Api, root: Requests, nobody: Reques
         answer = root("POST", "/v1/cache/scrub", {"action": action})
         assert (answer.status_code, answer.json["state"]) == (200, state)
     problem(root("POST", "/v1/cache/scrub", {"action": "x"}), 400, "field-invalid", "action")
-    problem(nobody("POST", "/v1/cache/scrub", {}), 403, "administrator-only")
+    problem(nobody("POST", "/v1/cache/scrub", {}), 403, "not-allowed")
 
 
 def test_verification_is_one_operation(api: Api, root: Requests) -> None:

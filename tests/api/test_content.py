@@ -436,7 +436,7 @@ def test_disk_that_must_not_be_replaced(client: httpx.Client, contents: Contents
 
 def test_only_the_owner_uploads(api: Api, contents: Contents) -> None:
     """Who may see a disk may read it; only its owner and administrators replace its content."""
-    other = Caller("somebody", False)
+    other = Caller("somebody", "user")
     public = contents.add(MIB, owner=other, visibility="public")
     private = contents.add(MIB, owner=other)
     with api.caller(65534) as nobody:

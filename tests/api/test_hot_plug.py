@@ -24,7 +24,7 @@ from stratocache.fs.records import Caller
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
-ROOT = Caller("root", True)
+ROOT = Caller("root", "admin")
 UUID = "0f1e2d3c-4b5a-4697-8877-665544332211"
 NOWHERE = "qemu+unix:///session?socket=/nonexistent"
 

@@ -20,7 +20,7 @@ def test_root_is_administrator() -> None:
     with caller_socket(0) as connection:
         caller = caller_of({"gunicorn.socket": connection}, "no-such-group")
 
-    assert caller == Caller("root", True)
+    assert caller == Caller("root", "admin")
 
 
 def test_ordinary_user_is_known_by_name() -> None:
@@ -28,7 +28,7 @@ def test_ordinary_user_is_known_by_name() -> None:
     with caller_socket(65534) as connection:
         caller = caller_of({"gunicorn.socket": connection}, "no-such-group")
 
-    assert caller == Caller("nobody", False)
+    assert caller == Caller("nobody", "user")
 
 
 def test_member_of_the_group_is_administrator() -> None:
@@ -36,7 +36,7 @@ def test_member_of_the_group_is_administrator() -> None:
     with caller_socket(65534) as connection:
         caller = caller_of({"gunicorn.socket": connection}, "nogroup")
 
-    assert caller == Caller("nobody", True)
+    assert caller == Caller("nobody", "admin")
 
 
 def test_user_without_a_name_is_known_by_number() -> None:
@@ -44,7 +44,7 @@ def test_user_without_a_name_is_known_by_number() -> None:
     with caller_socket(54321) as connection:
         caller = caller_of({"gunicorn.socket": connection}, "no-such-group")
 
-    assert caller == Caller("54321", False)
+    assert caller == Caller("54321", "user")
 
 
 def test_other_connections_carry_no_identity() -> None:

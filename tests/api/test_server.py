@@ -44,7 +44,7 @@ def test_server_knows_its_caller_and_serves(configuration: Configuration, api: A
         index = ask(configuration.api_socket, "GET", "/v1").json()
         made = ask(configuration.api_socket, "POST", "/v1/disks", json={"size_bytes": 2**20})
 
-    assert index["caller"] == {"name": "root", "administrator": True}
+    assert (index["caller"]["name"], index["caller"]["role"]) == ("root", "admin")
     assert made.status_code == 201
     assert configuration.api_socket.is_socket()  # it belongs to whoever listens
 

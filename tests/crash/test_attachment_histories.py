@@ -36,7 +36,7 @@ from stratocache.fs.target import iqn_of
 
 HISTORIES = int(os.environ.get("ATTACHMENT_HISTORIES", "40"))
 TGT_HISTORIES = int(os.environ.get("TGT_HISTORIES", "6"))
-ROOT = Caller("root", True)
+ROOT = Caller("root", "admin")
 DISKS = 2
 PASSES_MAX = 20
 # a pass takes some five of them for each attachment that changes

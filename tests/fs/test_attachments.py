@@ -28,7 +28,7 @@ from stratocache.fs.state import Database
 from stratocache.fs.target import Target
 
 MIB = 1024**2
-BOB = Caller("bob", False)
+BOB = Caller("bob", "user")
 CONTENT = b"image" * 1000
 
 

@@ -189,7 +189,7 @@ def test_requests_are_judged(make: Callable[..., KeepHost]) -> None:
     """Only administrators evict, and they say one thing at a time."""
     host = make()
     with pytest.raises(Refused):
-        request_eviction(host.db, Caller("somebody", False))
+        request_eviction(host.db, Caller("somebody", "user"))
     with pytest.raises(InvalidInput):
         request_eviction(host.db, ROOT, image_id="x", size_bytes=1)
 

@@ -13,9 +13,9 @@ from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
 from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.state import Database, now
 
-ROOT_CALLER = Caller("root", True)
-ALICE = Caller("alice", False)
-BOB = Caller("bob", False)
+ROOT_CALLER = Caller("root", "admin")
+ALICE = Caller("alice", "user")
+BOB = Caller("bob", "user")
 IMAGE = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
 
 
@@ -143,7 +143,7 @@ def test_only_administrators_give_disks_away(db: Database) -> None:
     """An owner cannot change the owner of a disk; an administrator can."""
     uuid = _disk(db, ALICE)
 
-    assert _code(disk_intents.update_disk, db, ALICE, uuid, owner="bob")[1] == "administrator-only"
+    assert _code(disk_intents.update_disk, db, ALICE, uuid, owner="bob")[1] == "not-allowed"
     assert disk_intents.update_disk(db, ROOT_CALLER, uuid, owner="bob").owner == "bob"
 
 
@@ -231,8 +231,8 @@ def test_images_belong_to_administrators(db: Database) -> None:
     """Users can neither pin nor delete an image."""
     _image(db)
 
-    assert _code(intents.set_pin, db, ALICE, IMAGE, True)[1] == "administrator-only"
-    assert _code(intents.request_image_deletion, db, ALICE, IMAGE)[1] == "administrator-only"
+    assert _code(intents.set_pin, db, ALICE, IMAGE, True)[1] == "not-allowed"
+    assert _code(intents.request_image_deletion, db, ALICE, IMAGE)[1] == "not-allowed"
 
 
 def test_image_is_shared_by_many_instances_once_each(db: Database) -> None:

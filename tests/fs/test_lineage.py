@@ -11,7 +11,7 @@ from stratocache.fs.lineage import DEPTH_MAX, DiskNode, Lineage, lineage_of
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database
 
-SOMEBODY = Caller("somebody", False)
+SOMEBODY = Caller("somebody", "user")
 Tree = dict[str, "Tree"]
 
 

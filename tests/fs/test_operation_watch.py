@@ -13,7 +13,7 @@ from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database
 
-ALICE = Caller("alice", False)
+ALICE = Caller("alice", "user")
 LONG_S = 60.0
 
 

@@ -36,7 +36,7 @@ from stratocache.fs.overlay import BlockSource, Overlay
 from stratocache.fs.records import Caller, Disk, DiskRequest, LaunchRequest, SaveRequest
 from stratocache.fs.state import now
 
-ROOT_CALLER = Caller("root", True)
+ROOT_CALLER = Caller("root", "admin")
 IMAGE = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
 DISK_BYTES = 2 * CHUNK_BYTES + 4096
 

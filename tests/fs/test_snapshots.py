@@ -391,7 +391,7 @@ def test_restored_disk_is_an_ordinary_one(host: DiskHost) -> None:
 def test_snapshots_of_others_do_not_exist(host: DiskHost) -> None:
     """Who may not see a disk sees none of its snapshots, and clones none; who may only read it
     takes and deletes none."""
-    bob = Caller("bob", False)
+    bob = Caller("bob", "user")
     uuid = clone(host)
     kept = snapshot(host, uuid)
     wanted = DiskRequest(snapshot=kept)

@@ -23,7 +23,7 @@ from stratocache.fs.listener import listen
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
 
-ROOT = Caller("root", True)
+ROOT = Caller("root", "admin")
 IMAGE_ID = "GOaxJFdoEXvqAm9ArJgnZ0_ky6F"
 IMAGE_BYTES = 4 * 1024**2
 _START_TIMEOUT_S = 30

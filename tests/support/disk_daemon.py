@@ -28,7 +28,7 @@ from stratocache.fs.state import Database, now
 from stratocache.fs.target import LUN, ActualTarget, Session, Target, TargetDaemon
 from support.images import store_image
 
-ROOT = Caller("root", True)
+ROOT = Caller("root", "admin")
 IMAGE = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
 _REST_TIMEOUT_S = 60
 _NOT_AT_REST = """

@@ -48,7 +48,7 @@ from stratocache.fs.traffic_record import TrafficRecord
 from support.crashing import CrashingDatabase, CrashingImages, Fuse
 from support.disk_daemon import MemoryTargets
 
-ROOT = Caller("root", True)
+ROOT = Caller("root", "admin")
 _TIMEOUT_S = 120
 
 Verdict = Literal["current", "unlisted", "taken-back", "unknown"]

@@ -38,7 +38,7 @@ from stratocache.fs.traffic_record import TrafficRecord
 from support.documents import EMAIL, make_endorser, shelve, signed_document, unsigned_document
 from support.origins import Fault, OriginServer, Resource, origin_server
 
-ROOT_CALLER = Caller("root", True)
+ROOT_CALLER = Caller("root", "admin")
 IMAGE = os.urandom(9 * 512 * 1024 + 1234)
 IDENTIFIER = encode(hashlib.sha1(IMAGE).hexdigest())
 NOW = datetime.now(UTC).replace(microsecond=0)
