@@ -8,6 +8,7 @@ from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.problem import add_handlers
 from stratocache.api.request_counts import RequestCounts
+from stratocache.api.request_log import RequestLog
 from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
 from stratocache.api.resources.cache import CacheEviction, CachePlan, CacheScrub, CacheStatus
 from stratocache.api.resources.content import DiskContent, DiskUpload
@@ -53,6 +54,7 @@ def create_app(
     service = Service(configuration, db)
     requests = requests or RequestCounts(RunDirectory(configuration.run_dir).counts)
     app = falcon.App()
+    app.add_middleware(RequestLog())
     app.add_middleware(requests)
     app.add_middleware(Authentication(configuration.api, db))
     app.add_middleware(Authorisation(db))

@@ -6,6 +6,7 @@ import falcon
 
 from stratocache.api.peer_ration import PeerRation, keep_record
 from stratocache.api.problem import HttpProblem, add_handlers
+from stratocache.api.request_log import RequestLog
 from stratocache.api.resources.sharing import ChunkItem, ImageManifest
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import StratocacheError, Unreachable
@@ -47,7 +48,9 @@ def create_peer_app(
     settings = configuration.peers
     ration = PeerRation(settings.serve_bytes_per_s, settings.serve_parallel)
     tokens = TokenFile(settings.token_file)
-    app = falcon.App(middleware=[TokenAuthentication(tokens, ration)])
+    app = falcon.App()
+    app.add_middleware(RequestLog())
+    app.add_middleware(TokenAuthentication(tokens, ration))
     add_handlers(app)
     shared = SharedImages(configuration, db)
     app.add_route("/v1/chunks/{digest}", ChunkItem(shared, ration))

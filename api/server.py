@@ -7,7 +7,6 @@ socket, so that clients wait meanwhile, and reads `R` from the other end of M wh
 """
 
 import argparse
-import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,9 @@ from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from stratocache.api.application import create_app
 from stratocache.api.request_counts import RequestCounts
+from stratocache.api.server_log import ServerLog
 from stratocache.cache.configuration import Configuration
+from stratocache.cache.structured_log import configure_log
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.state import Database
 
@@ -41,6 +42,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "bind": f"fd://{self._listen_fd}",
             "worker_class": "gthread",
             "graceful_timeout": _GRACE_S,
+            "logger_class": ServerLog,
             "loglevel": self._configuration.log_level,
             "worker_tmp_dir": str(self._configuration.run_dir),
             "control_socket_disable": True,
@@ -91,10 +93,7 @@ def serve(server: type[Server], name: str, arguments: list[str] | None) -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     parsed = parser.parse_args(arguments)
     configuration = Configuration.model_validate_json(parsed.config_json.read_bytes())
-    logging.basicConfig(
-        level=configuration.log_level.upper(),
-        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
-    )
+    configure_log(name, configuration.log_level, configuration.log.format)
     db = Database(configuration.database)
     db.migrate()
     db.close()

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from stratocache.cache.errors import InvalidInput
 from stratocache.cache.networks import Network
+from stratocache.cache.structured_log import LogFormat
 
 DEFAULT_PATH = Path("/etc/stratocache/stratocache.toml")
 _PREFIX = "STRATOCACHE_"
@@ -190,6 +191,13 @@ class QuarantineSettings(_Table):
     """How long they, and damaged chunks, are kept before they are deleted."""
 
 
+class LogSettings(_Table):
+    """What is written to stderr, which is the journal under systemd."""
+
+    format: LogFormat = "text"
+    """`json`: an object on each line, with `request_id` and `operation_id` where there is one."""
+
+
 class Configuration(_Table):
     """Everything an operator can set; made by `load`, never changed afterwards."""
 
@@ -197,6 +205,7 @@ class Configuration(_Table):
     run_dir: Path = Path("/run/stratocache")
     default_catalogue: str = "stratuslab"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log: LogSettings = LogSettings()
     catalogues: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], CatalogueSettings] = {}
     fetch: FetchSettings = FetchSettings()
     iscsi: IscsiSettings = IscsiSettings()

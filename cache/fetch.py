@@ -251,6 +251,7 @@ class Fetcher:
         self, location: str, entry: Entry, stage: Stage, progress: Progress, there: Manifest | None,
         wait_max_s: float,
     ) -> FetchedImage:  # fmt: skip
+        log.info("image %s is fetched from %s", entry.identifier, location)
         if urlsplit(location).scheme == "file":
             with closing(await trio.to_thread.run_sync(open_file, location)) as file:
                 total = os.fstat(file.fileno()).st_size

@@ -20,6 +20,7 @@ import trio
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.images import ImageStore
+from stratocache.cache.structured_log import configure_log
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.disk_io import DiskIo
 from stratocache.fs.disks import DiskStore
@@ -127,11 +128,7 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     options = parser.parse_args()
     configuration = Configuration.model_validate_json(options.config_json.read_text())
-    logging.basicConfig(
-        level=configuration.log_level.upper(), format="blockd: %(levelname)s: %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("httpcore").setLevel(logging.WARNING)
+    configure_log("blockd", configuration.log_level, configuration.log.format)
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each open chunk is a descriptor

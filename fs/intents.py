@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stratocache.cache.errors import Conflict, NotFound, Refused
+from stratocache.cache.structured_log import ON_BEHALF
 from stratocache.fs import content_hold, inventory, records, rights
 from stratocache.fs.records import (
     Access,
@@ -473,9 +474,18 @@ def add_operation(
     """Insert a pending operation within the caller's transaction."""
     operation_id, at = str(uuid_module.uuid4()), now()
     connection.execute(
-        "INSERT INTO operations (id, kind, subject, state, request, owner, created_at, updated_at) "
-        "VALUES (?, ?, ?, 'pending', ?, ?, ?, ?)",
-        (operation_id, kind, subject, json.dumps(request), caller.name, at, at),
+        "INSERT INTO operations (id, kind, subject, state, request, owner, created_at, updated_at, "
+        "request_id) VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?)",
+        (
+            operation_id,
+            kind,
+            subject,
+            json.dumps(request),
+            caller.name,
+            at,
+            at,
+            ON_BEHALF.get().request_id or None,
+        ),
     )
     record_event(connection, f"{kind}.requested", subject, f"{caller.name} asked for {kind}.")
     row = connection.execute("SELECT * FROM operations WHERE id = ?", (operation_id,)).fetchone()

@@ -21,6 +21,7 @@ from stratocache.cache.errors import (
     Internal,
     StratocacheError,
 )
+from stratocache.cache.structured_log import ON_BEHALF, OnBehalf
 from stratocache.fs import intents, records
 from stratocache.fs.acquisition import Acquisition, Report
 from stratocache.fs.cache_savings import count_savings
@@ -123,6 +124,8 @@ class Operations:
             return set()
 
     async def _run(self, operation: Operation, scope: trio.CancelScope) -> None:
+        ON_BEHALF.set(OnBehalf(operation.request_id or "", operation.id))  # of this task
+        log.info("%s of %s for %s begins", operation.kind, operation.subject, operation.owner)
         error: StratocacheError | None = None
         try:
             with scope:
@@ -135,6 +138,8 @@ class Operations:
         except Exception as bug:
             log.exception("operation %s (%s) failed", operation.id, operation.kind)
             error = Internal("internal", f"The {operation.kind} failed: {bug!r}.")
+        outcome = "has done its part" if error is None else f"{error.code}: {error.message}"
+        log.info("%s of %s: %s", operation.kind, operation.subject, outcome)
         with trio.CancelScope(shield=True):
             if error is not None:
                 await trio.to_thread.run_sync(self.record_failure, operation, error)

@@ -259,6 +259,8 @@ class Operation:
     updated_at: str
     rate_bytes_s: float = 0.0
     """At which progress grew lately."""
+    request_id: str | None = None
+    """Of the request that asked for it, as logs have it."""
 
     @property
     def finished(self) -> bool:

@@ -463,4 +463,8 @@ MIGRATIONS: tuple[str, ...] = (
         SELECT raise(ABORT, 'the audit log is append-only');
     END;
     """,
+    """
+    -- of the request that asked for it, as logs have it; NULL = nobody's
+    ALTER TABLE operations ADD COLUMN request_id TEXT;
+    """,
 )

@@ -24,6 +24,7 @@ from typing import Any
 
 from stratocache import __version__
 from stratocache.cache.errors import StratocacheError
+from stratocache.cache.structured_log import LogFormat, configure_log
 from stratocache.fs import handover
 from stratocache.fs.crew import Crew, Settings
 from stratocache.fs.listener import listen, listens_at, listens_on
@@ -322,11 +323,9 @@ class Supervisor:
         self._directory.remove_leftovers()
 
 
-def run_reporting(supervisor: Supervisor, log_level: str) -> int:
+def run_reporting(supervisor: Supervisor, log_level: str, form: LogFormat = "text") -> int:
     """Run as a program does: log to stderr, say what went wrong, return the exit status."""
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
-    )
+    configure_log("supervisor", log_level, form)
     try:
         supervisor.run()
     except StratocacheError as error:
@@ -359,7 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers_address=peers.get("listen", ""),
         peers_port=peers.get("port", 0),
     )
-    return run_reporting(Supervisor(settings), configuration["log_level"])
+    form = configuration.get("log", {}).get("format", "text")
+    return run_reporting(Supervisor(settings), configuration["log_level"], form)
 
 
 if __name__ == "__main__":
