@@ -1,5 +1,6 @@
 """The HTTP API as a WSGI application."""
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import falcon
@@ -9,7 +10,11 @@ from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.problem import add_handlers
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.request_log import RequestLog
-from stratocache.api.resources.attachments import AttachmentCollection, AttachmentItem
+from stratocache.api.resources.attachments import (
+    AttachmentCollection,
+    AttachmentItem,
+    AttachmentOverview,
+)
 from stratocache.api.resources.cache import CacheEviction, CachePlan, CacheScrub, CacheStatus
 from stratocache.api.resources.content import DiskContent, DiskUpload
 from stratocache.api.resources.disks import (
@@ -18,6 +23,7 @@ from stratocache.api.resources.disks import (
     DiskItem,
     DiskRestoration,
 )
+from stratocache.api.resources.events import EventCollection
 from stratocache.api.resources.health import Index, Liveness, MetricsPage, Readiness
 from stratocache.api.resources.images import (
     ImageBootSet,
@@ -28,6 +34,8 @@ from stratocache.api.resources.images import (
 )
 from stratocache.api.resources.launches import LaunchCollection, LaunchItem, LaunchLease
 from stratocache.api.resources.operations import OperationCollection, OperationItem
+from stratocache.api.resources.overview import Overview
+from stratocache.api.resources.references import ReferenceCollection
 from stratocache.api.resources.sharing import ChunkItem, ImageManifest
 from stratocache.api.resources.snapshots import (
     DiskSave,
@@ -41,17 +49,21 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.shared_images import SharedImages
 from stratocache.fs.state import Database
 
-_App: TypeAlias = falcon.App[falcon.Request, falcon.Response]
+App: TypeAlias = falcon.App[falcon.Request, falcon.Response]
 
 
 def create_app(
-    configuration: Configuration, db: Database, requests: RequestCounts | None = None
-) -> _App:
+    configuration: Configuration,
+    db: Database,
+    requests: RequestCounts | None = None,
+    *,
+    is_ending: Callable[[], bool] = lambda: False,
+) -> App:
     """Return the application; `db` must have the present schema (`Database.migrate`).
 
-    `requests` counts what comes.
+    `requests` counts what comes; `is_ending` tells what never ends by itself that it should.
     """
-    service = Service(configuration, db)
+    service = Service(configuration, db, is_ending)
     requests = requests or RequestCounts(RunDirectory(configuration.run_dir).counts)
     app = falcon.App()
     app.add_middleware(RequestLog())
@@ -60,30 +72,34 @@ def create_app(
     app.add_middleware(Authorisation(db))
     app.req_options.strip_url_path_trailing_slash = True
     add_handlers(app)
-    app.add_route("/healthz", Liveness())
-    app.add_route("/readyz", Readiness(service))
-    app.add_route("/metrics", MetricsPage(service, requests))
-    app.add_route("/v1", Index(service))
+    _add_service(app, service, requests)
     _add_images(app, service)
     _add_disks(app, service)
-    app.add_route("/v1/launches", LaunchCollection(service))
-    app.add_route("/v1/launches/{instance}", LaunchItem(service))
-    app.add_route("/v1/launches/{instance}/lease", LaunchLease(service))
-    app.add_route("/v1/operations", OperationCollection(service))
-    app.add_route("/v1/operations/{operation_id}", OperationItem(service))
+    _add_attachments(app, service)
     require_rules(app)
     return app
 
 
-def _add_images(app: _App, service: Service) -> None:
-    image = "/v1/images/{image_id}"
-    shared = SharedImages(service.configuration, service.db)
+def _add_service(app: App, service: Service, requests: RequestCounts) -> None:
+    app.add_route("/healthz", Liveness())
+    app.add_route("/readyz", Readiness(service))
+    app.add_route("/metrics", MetricsPage(service, requests))
+    app.add_route("/v1", Index(service))
+    app.add_route("/v1/overview", Overview(service))
+    app.add_route("/v1/events", EventCollection(service))
+    app.add_route("/v1/operations", OperationCollection(service))
+    app.add_route("/v1/operations/{operation_id}", OperationItem(service))
+
+
+def _add_images(app: App, service: Service) -> None:
+    app.add_route("/v1/references", ReferenceCollection(service))
     app.add_route("/v1/images", ImageCollection(service))
-    app.add_route(image, ImageItem(service))
-    app.add_route(image + "/pin", ImagePin(service))
-    app.add_route(image + "/bootset", ImageBootSet(service))
-    app.add_route(image + "/verify", ImageVerification(service))
-    app.add_route(image + "/manifest", ImageManifest(shared))
+    app.add_route("/v1/images/{image_id}", ImageItem(service))
+    app.add_route("/v1/images/{image_id}/pin", ImagePin(service))
+    app.add_route("/v1/images/{image_id}/bootset", ImageBootSet(service))
+    app.add_route("/v1/images/{image_id}/verify", ImageVerification(service))
+    shared = SharedImages(service.configuration, service.db)
+    app.add_route("/v1/images/{image_id}/manifest", ImageManifest(shared))
     app.add_route("/v1/chunks/{digest}", ChunkItem(shared))
     app.add_route("/v1/cache", CacheStatus(service))
     app.add_route("/v1/cache/plan", CachePlan(service))
@@ -91,7 +107,7 @@ def _add_images(app: _App, service: Service) -> None:
     app.add_route("/v1/cache/scrub", CacheScrub(service))
 
 
-def _add_disks(app: _App, service: Service) -> None:
+def _add_disks(app: App, service: Service) -> None:
     disk = "/v1/disks/{uuid}"
     app.add_route("/v1/disks", DiskCollection(service))
     app.add_route(disk, DiskItem(service))
@@ -104,9 +120,16 @@ def _add_disks(app: _App, service: Service) -> None:
     app.add_route(snapshots, SnapshotCollection(service))
     app.add_route(snapshots + "/{snapshot_id}", SnapshotItem(service))
     app.add_route(snapshots + "/{snapshot_id}/rollback", SnapshotRollback(service))
-    attachments = disk + "/attachments"
-    app.add_route(attachments, AttachmentCollection(service))
+
+
+def _add_attachments(app: App, service: Service) -> None:
+    app.add_route("/v1/attachments", AttachmentOverview(service))
+    collection = "/v1/disks/{uuid}/attachments"
+    app.add_route(collection, AttachmentCollection(service))
     attachment = AttachmentItem(service)
-    app.add_route(attachments + "/{attachment_id}", attachment)
+    app.add_route(collection + "/{attachment_id}", attachment)
     for suffix in ("migrate", "complete", "lease"):
-        app.add_route(f"{attachments}/{{attachment_id}}/{suffix}", attachment, suffix=suffix)
+        app.add_route(f"{collection}/{{attachment_id}}/{suffix}", attachment, suffix=suffix)
+    app.add_route("/v1/launches", LaunchCollection(service))
+    app.add_route("/v1/launches/{instance}", LaunchItem(service))
+    app.add_route("/v1/launches/{instance}/lease", LaunchLease(service))

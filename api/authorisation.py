@@ -43,7 +43,7 @@ class Rule:
 
 _Judge = Callable[[Database, Caller, dict[str, Any]], None]
 _SCOPES_OF_KINDS: dict[str, Scope] = {
-    **dict.fromkeys(("fetch", "delete-image", "verify-image", "evict"), "images"),
+    **dict.fromkeys(("fetch", "resolve", "delete-image", "verify-image", "evict"), "images"),
     **dict.fromkeys(("launch", "halt", "attach", "detach", "migrate"), "launch"),
 }
 """Of operations; all others are of disks."""
@@ -63,9 +63,12 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/readyz"): _OPEN,
     ("GET", "/metrics"): _READ,
     ("GET", "/v1"): Rule(None),
+    ("GET", "/v1/overview"): _READ,
+    ("GET", "/v1/events"): _READ,
     # images and the cache
     ("GET", "/v1/images"): _READ,
     ("POST", "/v1/images"): Rule("images", action="image.fetch"),
+    ("POST", "/v1/references"): Rule("images", action="reference.resolve"),
     ("GET", _IMAGE): _READ,
     ("DELETE", _IMAGE): Rule("images", "operator", action="image.delete"),
     ("PUT", _IMAGE + "/pin"): Rule("images", "operator", action="image.pin"),
@@ -103,6 +106,7 @@ RULES: dict[tuple[str, str], Rule] = {
         "disks", object="disk-own", action="snapshot.rollback"
     ),
     # attachments and launches
+    ("GET", "/v1/attachments"): _READ,
     ("GET", _DISK + "/attachments"): Rule("read", object="disk-see"),
     ("POST", _DISK + "/attachments"): Rule("launch", object="disk-read", action="disk.attach"),
     ("GET", _ATTACHMENT): Rule("read"),

@@ -4,8 +4,6 @@ Nothing is kept here but the account of space, which is expensive with many disk
 every metric with its source, and what resets it.
 """
 
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -24,18 +22,15 @@ from stratocache.api import readiness
 from stratocache.api.metric_catalogue import Metric
 from stratocache.api.request_counts import RequestCounts
 from stratocache.cache.configuration import Configuration
-from stratocache.fs import fetch_account, inventory, space_plan
+from stratocache.fs import fetch_account, inventory
 from stratocache.fs.counts import DURATION_BOUNDS_S, Counted, read_all
 from stratocache.fs.manifest_sizes import shared_bytes
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.scrubbing import scrub_state
-from stratocache.fs.space_plan import SpaceAccount
+from stratocache.fs.space_meter import SpaceMeter
 from stratocache.fs.state import Database
 from stratocache.fs.supervisor_status import State, read_status
 from stratocache.fs.tallies import tallies
-
-_ACCOUNT_PAUSE = 20
-"""The account of space takes at most one part in so many of the time of one worker."""
 
 Values = dict[tuple[str, ...], Any]
 """Values of one metric by those of its labels."""
@@ -45,14 +40,18 @@ _Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 class Metrics:
     """Writes the metrics of one appliance; any thread may use it."""
 
-    def __init__(self, configuration: Configuration, db: Database, requests: RequestCounts) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        db: Database,
+        meter: SpaceMeter,
+        requests: RequestCounts,
+    ) -> None:
         self._configuration = configuration
         self._db = db
         self._requests = requests
         self._directory = RunDirectory(configuration.run_dir)
-        self._lock = threading.Lock()
-        self._account: SpaceAccount | None = None
-        self._account_until_s = 0.0
+        self._meter = meter
 
     def text(self, *, everything: bool) -> bytes:
         """Return all metrics in Prometheus' text format; without `everything` none that names an
@@ -86,7 +85,7 @@ class Metrics:
         return found
 
     def _space(self) -> dict[str, Values]:
-        account = self._present_account()
+        account = self._meter.account()
         numbers = {
             "space_total_bytes": account.total_bytes,
             "space_free_bytes": account.free_bytes,
@@ -101,15 +100,6 @@ class Metrics:
             "quarantine_bytes": account.quarantine_bytes,
         }
         return {name: {(): number} for name, number in numbers.items()}
-
-    def _present_account(self) -> SpaceAccount:
-        with self._lock:
-            started_s = time.monotonic()
-            if self._account is None or started_s >= self._account_until_s:
-                self._account = space_plan.account(self._configuration, self._db)
-                ended_s = time.monotonic()
-                self._account_until_s = ended_s + _ACCOUNT_PAUSE * (ended_s - started_s)
-            return self._account
 
     def _state(self) -> dict[str, Values]:
         scrub = scrub_state(self._db)

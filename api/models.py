@@ -48,6 +48,12 @@ class ImageFetch(RequestModel):
     pin: bool = False
 
 
+class ReferenceQuestion(RequestModel):
+    """`POST /v1/references`."""
+
+    reference: Reference
+
+
 class DiskCreation(RequestModel):
     """`POST /v1/disks`: blank of a size, or a clone of a reference or of a snapshot, or the content
     of a file on a web server, grown to the size if given."""

@@ -1,8 +1,5 @@
 """Query parameters: waiting, paging, filters; unknown ones are refused by name."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
-
 import falcon
 
 from stratocache.cache.errors import InvalidInput
@@ -12,9 +9,6 @@ PAGE_LENGTH = 100
 PAGE_LENGTH_MAX = 1000
 _NUMBER_DIGITS = 20
 _EPOCH_DIGITS_MAX = 18
-_NUMBER_MAX = 2**63 - 1
-
-Item = TypeVar("Item")
 
 
 def require_known(request: falcon.Request, *names: str) -> None:
@@ -78,46 +72,18 @@ def whole_number(request: falcon.Request, name: str, most: int) -> int | None:
     return int(text)
 
 
-def page(
-    request: falcon.Request, items: Iterable[Item], cursor_of: Callable[[Item], str]
-) -> tuple[list[Item], str | None]:
-    """Return the items that `?after=` and `?limit=` select, and the cursor of the next page.
+def page_length(request: falcon.Request) -> int:
+    """Return `?limit=`; raises `InvalidInput` (`parameter-invalid`)."""
+    return whole_number(request, "limit", PAGE_LENGTH_MAX) or PAGE_LENGTH
 
-    Items are ordered by their cursor. A cursor stays good when its item is gone. Raises
-    `InvalidInput` (`parameter-invalid`).
+
+def event_number(text: str | None, field: str) -> int | None:
+    """Return a number of an event, 0 for before the first, None when there is none.
+
+    Raises `InvalidInput` (`parameter-invalid`).
     """
-    limit, after = _limits(request)
-    ordered = sorted((cursor_of(item), item) for item in items)
-    rest = [(cursor, item) for cursor, item in ordered if cursor > after]
-    chosen = [item for _cursor, item in rest[:limit]]
-    return chosen, (rest[limit - 1][0] if len(rest) > limit else None)
-
-
-def numbered_page(
-    request: falcon.Request,
-    select: Callable[[int, int], list[Item]],
-    number_of: Callable[[Item], int],
-) -> tuple[list[Item], str | None]:
-    """Do as `page` for items that have numbers, without reading those of other pages.
-
-    `select` returns at most as many as its second argument, in order, of a number greater than its
-    first. Raises `InvalidInput` (`parameter-invalid`).
-    """
-    limit, after = _limits(request)
-    if after and not (after.isascii() and after.isdigit() and len(after) <= _NUMBER_DIGITS):
-        raise InvalidInput(
-            "parameter-invalid", "after is what next was on the page before.", field="after"
-        )
-    items = select(min(int(after or "0"), _NUMBER_MAX), limit + 1)
-    chosen = items[:limit]
-    more = len(items) > limit
-    return chosen, f"{number_of(chosen[-1]):0{_NUMBER_DIGITS}d}" if more else None
-
-
-def _limits(request: falcon.Request) -> tuple[int, str]:
-    text = request.get_param("limit") or str(PAGE_LENGTH)
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= PAGE_LENGTH_MAX):
-        raise InvalidInput(
-            "parameter-invalid", f"limit is a number from 1 to {PAGE_LENGTH_MAX}.", field="limit"
-        )
-    return int(text), request.get_param("after") or ""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _EPOCH_DIGITS_MAX):
+        raise InvalidInput("parameter-invalid", f"{field} is the number of an event.", field=field)
+    return int(text)

@@ -497,6 +497,22 @@ class OperationView(Representation):
         )
 
 
+class EventView(Representation):
+    """Something that happened."""
+
+    number: int
+    """Greater than that of any event before."""
+    at: str
+    kind: str
+    """Stable and dotted: `disk.created`, `fetch.done`."""
+    subject: str
+    """The image, disk, snapshot, attachment or instance that it happened to."""
+    message: str
+    """A sentence for people."""
+    owner: str | None
+    """Whose the subject was; null = nobody's."""
+
+
 def _complete_in_s(operation: Operation) -> float | None:
     if operation.finished:
         return 0.0

@@ -34,6 +34,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         self._listen_fd = listen_fd
         self._ready_fd = ready_fd
         self._requests: RequestCounts | None = None  # of this worker
+        self._worker: Any = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -60,7 +61,12 @@ class Server(BaseApplication):  # type: ignore[misc]
             "proc_name": "stratocache-api",
         }
 
+    def is_ending(self) -> bool:
+        """Tell whether this worker has been told to stop."""
+        return self._worker is not None and not self._worker.alive
+
     def _report(self, worker: object) -> None:
+        self._worker = worker
         with suppress(BrokenPipeError):  # a later worker; nobody asks any more
             os.write(self._ready_fd, b"R")
 
@@ -82,7 +88,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         """Return what is served."""
         self._requests = RequestCounts(RunDirectory(configuration.run_dir).counts)
         self._requests.write_on()
-        return create_app(configuration, db, self._requests)
+        return create_app(configuration, db, self._requests, is_ending=self.is_ending)
 
 
 def serve(server: type[Server], name: str, arguments: list[str] | None) -> None:

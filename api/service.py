@@ -1,8 +1,8 @@
 """What every resource uses: configuration, state database, and waiting for operations."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 from stratocache.api.problem import FailedOperation
@@ -12,24 +12,38 @@ from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Operation
 from stratocache.fs.sharing import Sharing
+from stratocache.fs.space_meter import SpaceMeter
 from stratocache.fs.state import Database
 
 _UNRESERVED_WAIT_S = 2.0
 """How long a request may wait when long waits hold as many threads as they may."""
 _RESERVED_THREADS = 4
 """Threads of a worker that long waits leave alone."""
+_STREAM_SHARE = 4
+"""Streams take at most one thread of so many."""
 
 
 class Service:
     """One worker's view of the daemon."""
 
-    def __init__(self, configuration: Configuration, db: Database) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        db: Database,
+        is_ending: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.configuration = configuration
         self.db = db
+        self.is_ending = is_ending
+        """Whether this worker has been told to stop."""
         self.sharing = Sharing(configuration.state_dir)
+        self.space = SpaceMeter(configuration, db)
         self._watch = OperationWatch(db)
         self._long_waits = threading.BoundedSemaphore(
             max(1, configuration.api.threads - _RESERVED_THREADS)
+        )
+        self._streams = threading.BoundedSemaphore(
+            max(1, configuration.api.threads // _STREAM_SHARE)
         )
 
     def wake(self) -> None:
@@ -63,6 +77,21 @@ class Service:
                     "server-busy", "Too many transfers are under way; try again in a moment."
                 )
             yield
+
+    def stream(self) -> Callable[[], None]:
+        """Take a thread for a stream; return what gives it back, which may be called twice.
+
+        Raises `Unreachable` (`server-busy`).
+        """
+        held = ExitStack()
+        for places in (self._streams, self._long_waits):
+            if not places.acquire(blocking=False):
+                held.close()
+                raise Unreachable(
+                    "server-busy", "Too many streams are open; close some, or ask for pages."
+                )
+            held.callback(places.release)
+        return held.close
 
     @contextmanager
     def _slot(self) -> Iterator[bool]:

@@ -25,6 +25,7 @@ from stratocache.cache.configuration import CatalogueSettings, Configuration
 from stratocache.cache.document import Document
 from stratocache.cache.entry import Entry, same_content
 from stratocache.cache.errors import NotFound, StratocacheError
+from stratocache.cache.metadata import Endorsement
 from stratocache.cache.reference import Reference
 from stratocache.cache.selection import Selection
 
@@ -33,6 +34,29 @@ log = logging.getLogger(__name__)
 _READ, _JUDGED, _DESCRIBED = range(3)
 _STRENGTHS = ("current", "taken-back", "unknown", "unlisted")
 """Of two answers the first in this order counts."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One document of a catalogue's answer, and what speaks against it."""
+
+    source: str
+    """The URL or path that it was read from."""
+    endorser: str | None
+    """The e-mail address that it claims; None when it cannot be read."""
+    endorsed_at: datetime | None
+    code: str | None
+    """Of the error against it; None = it may be used."""
+    message: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a reference stands for, or why it stands for nothing that this site uses."""
+
+    entry: Entry | None
+    error: StratocacheError | None
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,18 @@ class Catalogues:
         `reference-unknown`), `OriginFailed` (`catalogue-unreachable`), or what `document.parse`,
         `acceptance.judge`, `acceptance.describe` and `acceptance.check_pin` raise.
         """
+        choice, answers = await self._ask(text, now)
+        return await trio.to_thread.run_sync(choice.make, answers)
+
+    async def explain(self, text: str, *, now: datetime) -> Explanation:
+        """Do as `resolve`, and tell of every document what was decided; raises nothing of that."""
+        try:
+            choice, answers = await self._ask(text, now)
+        except StratocacheError as error:
+            return Explanation(None, error)
+        return await trio.to_thread.run_sync(choice.explain, answers)
+
+    async def _ask(self, text: str, now: datetime) -> "tuple[_Choice, list[Answer]]":
         catalogues = self._configuration.catalogues
         endpoints = {name: settings.endpoint for name, settings in catalogues.items()}
         wanted = reference.parse(text, self._configuration.default_catalogue, endpoints)
@@ -69,8 +105,7 @@ class Catalogues:
         answers = await read_answers(
             settings.endpoint, selection, self._client, self._configuration.fetch
         )
-        choice = _Choice(wanted, selection, settings, now)
-        return await trio.to_thread.run_sync(choice.make, answers)
+        return _Choice(wanted, selection, settings, now), answers
 
     async def standing(self, entry: Entry, *, now: datetime) -> Standing:
         """Ask the catalogue of a stored entry what it says of it at the time `now`.
@@ -123,6 +158,7 @@ class _Choice:
         self._settings = settings
         self._now = now
         self._faults: list[tuple[int, StratocacheError]] = []
+        self._candidates: list[Candidate] = []
         self._legible = True
         self._claimants: set[str] = set()
         self._deprecations: dict[str, tuple[datetime, str]] = {}
@@ -152,6 +188,13 @@ class _Choice:
             field="reference",
         )
 
+    def explain(self, answers: list[Answer]) -> Explanation:
+        """Return the entry to use or the reason that there is none, and what was decided."""
+        try:
+            return Explanation(self.make(answers), None, tuple(self._candidates))
+        except StratocacheError as error:
+            return Explanation(None, error, tuple(self._candidates))
+
     def standing(self, entry: Entry, answers: list[Answer]) -> Standing:
         """Return what the answers say of a stored entry."""
         try:
@@ -174,7 +217,7 @@ class _Choice:
         try:
             return document.parse(answer.data)
         except StratocacheError as error:
-            self._reject(_READ, answer.source, error)
+            self._reject(_READ, answer.source, error, None)
             self._legible = False
             return []
 
@@ -182,7 +225,7 @@ class _Choice:
         try:
             claimed = constraints.check(candidate, allow_unendorsed=True)
         except StratocacheError as error:
-            self._reject(_JUDGED, source, error)
+            self._reject(_JUDGED, source, error, None)
             self._legible = False
             return None
         try:
@@ -194,7 +237,7 @@ class _Choice:
                 candidate, catalogue=self._wanted.catalogue, settings=self._settings, source=source
             )
         except StratocacheError as error:
-            self._reject(_JUDGED, source, error)
+            self._reject(_JUDGED, source, error, claimed.endorsement)
             return None
 
     def _describe(self, candidate: Endorsed) -> Entry | None:
@@ -205,13 +248,30 @@ class _Choice:
             if error.code == "entry-deprecated":
                 said = (candidate.endorsement.created, error.message)
                 self._deprecations[candidate.endorsement.email.lower()] = said
-            self._reject(_DESCRIBED, candidate.source, error)
+            self._reject(_DESCRIBED, candidate.source, error, candidate.endorsement)
             return None
+        self._note(candidate.source, candidate.endorsement, None)
         return entry
 
-    def _reject(self, stage: int, source: str, error: StratocacheError) -> None:
+    def _reject(
+        self, stage: int, source: str, error: StratocacheError, endorsement: Endorsement | None
+    ) -> None:
         log.info("%s is not used: %s: %s", source, error.code, error.message)
         self._faults.append((stage, error))
+        self._note(source, endorsement, error)
+
+    def _note(
+        self, source: str, endorsement: Endorsement | None, error: StratocacheError | None
+    ) -> None:
+        self._candidates.append(
+            Candidate(
+                source=source,
+                endorser=endorsement.email if endorsement else None,
+                endorsed_at=endorsement.created if endorsement else None,
+                code=error.code if error else None,
+                message=error.message if error else None,
+            )
+        )
 
     def _rank(self, entry: Entry) -> tuple[int, float, str]:
         """Sort the preferred endorsers first, then the newest; the last part breaks ties."""

@@ -162,7 +162,7 @@ class Acquisition:
         if known is not None and renew:
             self._recheck.note(known.id)
         if known is not None and not (renew and known.state == "withdrawn"):
-            self._judge(known)
+            self.judge(known)
             return known.entry
         try:
             return await self._catalogues.resolve(text, now=datetime.now(UTC))
@@ -191,11 +191,16 @@ class Acquisition:
         image = self._find(text)
         if image is None:
             return None
-        self._judge(image)
+        self.judge(image)
         # whoever wants what nothing proves yet has to say so
         return None if image.unproven else image
 
-    def _judge(self, image: Image) -> None:
+    def known(self, text: str) -> Image | None:
+        """Return the image that a reference means, if it is here and named by its id; raises
+        `InvalidInput` and `NotFound`."""
+        return self._find(text)
+
+    def judge(self, image: Image) -> None:
         """Judge a cached image by its stored entry; raises `Refused`, `NotFound`."""
         if image.state == "withdrawn":
             raise withdrawn(image)

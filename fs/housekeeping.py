@@ -45,6 +45,7 @@ from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller
 from stratocache.fs.rejected_pages import RejectedPages
+from stratocache.fs.resolution import RESOLVE, Resolution
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.saving import Saving
 from stratocache.fs.snapshots import Snapshots
@@ -152,6 +153,7 @@ class Housekeeping:
             "hydrate": promotion,
             IMPORT_DISK: Importing(self._db, self._disks, importer),
             "save": Saving(self._db, self._images, self._disks),
+            RESOLVE: Resolution(self._db, acquisition, catalogues),
             **keeping.performers,
         }
         operations = Operations(self._db, acquisition, nursery, self._wake, performers)

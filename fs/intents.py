@@ -39,6 +39,7 @@ _NO_OTHER = """NOT EXISTS (
 
 CANCELLABLE = frozenset({
     "fetch", "launch", "create-disk", "hydrate", "import-disk", "save", "evict", "verify-image",
+    "resolve",
 })  # fmt: skip
 """Kinds of operations that can be asked to stop."""
 
@@ -487,7 +488,10 @@ def add_operation(
             ON_BEHALF.get().request_id or None,
         ),
     )
-    record_event(connection, f"{kind}.requested", subject, f"{caller.name} asked for {kind}.")
+    record_event(
+        connection, f"{kind}.requested", subject, f"{caller.name} asked for {kind}.",
+        asker=caller.name,
+    )  # fmt: skip
     row = connection.execute("SELECT * FROM operations WHERE id = ?", (operation_id,)).fetchone()
     return records.operation_from(row)
 

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 
 from stratocache.cache.errors import NotFound
-from stratocache.fs import records, rights
+from stratocache.fs import pages, records, rights
+from stratocache.fs.pages import Condition, Page
 from stratocache.fs.records import (
     Attachment,
     Caller,
@@ -17,9 +18,10 @@ from stratocache.fs.records import (
 from stratocache.fs.state import Database
 
 
-def images(db: Database) -> list[Image]:
-    """Return all images, oldest first."""
-    return [records.image_from(row) for row in db.rows("SELECT * FROM images ORDER BY number")]
+def images(db: Database, *, state: str | None = None, page: Page | None = None) -> list[Image]:
+    """Return all images, or those of a state or of a page; oldest first unless the page says."""
+    rows = pages.select(db, "images", "number", equal={"state": state}, page=page)
+    return [records.image_from(row) for row in rows]
 
 
 def find_image(db: Database, image_id: str) -> Image | None:
@@ -55,27 +57,30 @@ def disks(
     state: str | None = None,
     tag: str | None = None,
     owner: str | None = None,
-    after: int = 0,
-    limit: int | None = None,
+    visibility: str | None = None,
+    kind: str | None = None,
+    base_image: str | None = None,
+    page: Page | None = None,
 ) -> list[Disk]:
-    """Return the disks that the caller may see (own, public, or all for an operator).
+    """Return the disks that the caller may see and that match every given value.
 
-    In the order of their numbers: at most `limit` of a greater number than `after`, of those that
-    match every given value.
+    All of them, or those of a page; in the order of their numbers unless that says another.
     """
-    given = {"state": state, "tag": tag, "owner": owner}
-    wanted = {column: value for column, value in given.items() if value is not None}
-    conditions = "".join(f" AND {column} = ?" for column in wanted)
-    rows = db.rows(
-        "SELECT * FROM disks WHERE number > ? AND (? OR owner = ? OR visibility = 'public')"
-        f"{conditions} ORDER BY number LIMIT ?",
-        after,
-        caller.operator,
-        caller.name,
-        *wanted.values(),
-        -1 if limit is None else limit,
+    equal = {
+        "state": state, "tag": tag, "owner": owner, "visibility": visibility, "kind": kind,
+        "base_image": base_image,
+    }  # fmt: skip
+    rows = pages.select(
+        db, "disks", "number", visible=visible_disks(caller), equal=equal, page=page
     )
     return [records.disk_from(row) for row in rows]
+
+
+def visible_disks(caller: Caller) -> Condition:
+    """Return what holds for disks that the caller may see, as `may_see`."""
+    if caller.operator:
+        return pages.EVERYTHING
+    return Condition("(owner = ? OR visibility = 'public')", (caller.name,))
 
 
 def find_disk(db: Database, uuid: str) -> Disk | None:
@@ -100,6 +105,16 @@ def may_see(db: Database, caller: Caller, disk: Disk) -> bool:
 def snapshots(db: Database, disk_uuid: str) -> list[Snapshot]:
     """Return the snapshots of a disk in any state, oldest first."""
     rows = db.rows("SELECT * FROM snapshots WHERE disk_uuid = ? ORDER BY number", disk_uuid)
+    return [records.snapshot_from(row) for row in rows]
+
+
+def snapshot_page(
+    db: Database, disk_uuid: str, page: Page, *, tag: str | None = None, state: str | None = None
+) -> list[Snapshot]:
+    """Return a page of a disk's snapshots that match every given value; none that a save made."""
+    own = Condition("disk_uuid = ? AND NOT transient", (disk_uuid,))
+    equal = {"tag": tag, "state": state}
+    rows = pages.select(db, "snapshots", "number", visible=own, equal=equal, page=page)
     return [records.snapshot_from(row) for row in rows]
 
 
@@ -159,6 +174,43 @@ def attachments(
     return [records.attachment_from(row) for row in rows]
 
 
+def attachment_page(
+    db: Database,
+    caller: Caller,
+    page: Page,
+    *,
+    disk_uuid: str | None = None,
+    instance: str | None = None,
+    image_id: str | None = None,
+    state: str | None = None,
+    owner: str | None = None,
+) -> list[Attachment]:
+    """Return a page of the attachments that match every given value: the caller's own, and those of
+    disks that the caller may see."""
+    visible = visible_disks(caller)
+    if visible != pages.EVERYTHING:
+        visible = Condition(
+            f"(owner = ? OR disk_uuid IN (SELECT uuid FROM disks WHERE {visible.text}))",
+            (caller.name, *visible.values),
+        )
+    equal = {
+        "disk_uuid": disk_uuid, "instance": instance, "image_id": image_id, "state": state,
+        "owner": owner,
+    }  # fmt: skip
+    rows = pages.select(db, "attachments", "number", visible=visible, equal=equal, page=page)
+    return [records.attachment_from(row) for row in rows]
+
+
+def places(db: Database, attachments: Sequence[Attachment]) -> dict[str, int]:
+    """Return which disk of its instance each of some attachments is, counted from 0, by id."""
+    rows = db.rows(
+        "SELECT id, row_number() OVER (PARTITION BY instance ORDER BY number) - 1 AS place "
+        "FROM attachments WHERE instance IN (SELECT value FROM json_each(?))",
+        json.dumps(sorted({attachment.instance for attachment in attachments})),
+    )
+    return {row["id"]: row["place"] for row in rows}
+
+
 def attachments_of(db: Database, disks: Sequence[Disk]) -> dict[str, list[Attachment]]:
     """Return the attachments of some disks, by UUID."""
     found: dict[str, list[Attachment]] = {disk.uuid: [] for disk in disks}
@@ -188,11 +240,27 @@ def launch(db: Database, instance: str) -> Launch:
     return records.launch_from(row)
 
 
-def launches(db: Database) -> list[Launch]:
-    """Return all launches, oldest first."""
-    return [
-        records.launch_from(row) for row in db.rows("SELECT * FROM launches ORDER BY created_at")
-    ]
+def launches(
+    db: Database,
+    caller: Caller | None = None,
+    *,
+    state: str | None = None,
+    instance: str | None = None,
+    page: Page | None = None,
+) -> list[Launch]:
+    """Return all launches, or those that `caller` may see, that match every given value.
+
+    Oldest first, unless the page says another order.
+    """
+    visible = pages.EVERYTHING
+    if caller is not None and not caller.operator:
+        visible = Condition(
+            "EXISTS (SELECT 1 FROM operations WHERE id = operation_id AND owner = ?)",
+            (caller.name,),
+        )
+    equal = {"state": state, "instance": instance}
+    rows = pages.select(db, "launches", "epoch", visible=visible, equal=equal, page=page)
+    return [records.launch_from(row) for row in rows]
 
 
 def operation(db: Database, operation_id: str) -> Operation:
@@ -211,4 +279,24 @@ def operations(db: Database, *, subject: str | None = None, limit: int = 1000) -
         subject,
         limit,
     )
+    return [records.operation_from(row) for row in rows]
+
+
+def operation_page(
+    db: Database,
+    caller: Caller,
+    page: Page,
+    *,
+    state: str | None = None,
+    kind: str | None = None,
+    subject: str | None = None,
+    owner: str | None = None,
+) -> list[Operation]:
+    """Return a page of the operations that match every given value: the caller's, or all for an
+    operator."""
+    visible = pages.EVERYTHING
+    if not caller.operator:
+        visible = Condition("owner = ?", (caller.name,))
+    equal = {"state": state, "kind": kind, "subject": subject, "owner": owner}
+    rows = pages.select(db, "operations", "id", visible=visible, equal=equal, page=page)
     return [records.operation_from(row) for row in rows]

@@ -314,8 +314,10 @@ def finish(
     operation_id: str | None = None,
 ) -> None:
     """End the open operations of a kind on a subject (or one of them) as done."""
-    if _end(connection, kind, subject, "done", "result", result, operation_id):
-        record_event(connection, f"{kind}.done", subject, f"{kind} of {subject} is done.")
+    ended = _end(connection, kind, subject, "done", "result", result, operation_id)
+    if ended:
+        message = f"{kind} of {subject} is done."
+        record_event(connection, f"{kind}.done", subject, message, asker=ended[0]["owner"])
 
 
 def fail(
@@ -327,8 +329,10 @@ def fail(
 ) -> None:
     """End the open operations of a kind on a subject (or one of them) as failed or cancelled."""
     state = "cancelled" if isinstance(error, Cancelled) else "failed"
-    if _end(connection, kind, subject, state, "error", dict(error.to_record()), operation_id):
-        record_event(connection, f"{kind}.{state}", subject, error.message)
+    record = dict(error.to_record())
+    ended = _end(connection, kind, subject, state, "error", record, operation_id)
+    if ended:
+        record_event(connection, f"{kind}.{state}", subject, error.message, asker=ended[0]["owner"])
 
 
 def undo_launch(
@@ -351,11 +355,11 @@ def _end(
     column: str,
     value: dict[str, Any],
     operation_id: str | None,
-) -> bool:
-    ended = connection.execute(
+) -> list[sqlite3.Row]:
+    return connection.execute(
         f"UPDATE operations SET state = :state, {column} = :value, updated_at = :at "
         "WHERE kind = :kind AND subject = :subject AND state IN ('pending', 'running') "
-        "AND (:id IS NULL OR id = :id)",
+        "AND (:id IS NULL OR id = :id) RETURNING owner",
         {
             "state": state,
             "value": json.dumps(value),
@@ -364,5 +368,4 @@ def _end(
             "subject": subject,
             "id": operation_id,
         },
-    )
-    return ended.rowcount > 0
+    ).fetchall()

@@ -467,4 +467,17 @@ MIGRATIONS: tuple[str, ...] = (
     -- of the request that asked for it, as logs have it; NULL = nobody's
     ALTER TABLE operations ADD COLUMN request_id TEXT;
     """,
+    """
+    -- whose the subject was; NULL = nobody's, so that only operators see it (those of images all do)
+    ALTER TABLE events ADD COLUMN owner TEXT;
+    UPDATE events SET owner = coalesce(
+        (SELECT owner FROM disks WHERE uuid = subject),
+        (SELECT owner FROM attachments WHERE id = subject),
+        (SELECT owner FROM snapshots WHERE id = subject),
+        (SELECT owner FROM operations WHERE operations.subject = events.subject
+         ORDER BY created_at LIMIT 1));
+    CREATE INDEX events_by_subject ON events (subject, number);
+    CREATE INDEX events_by_owner ON events (owner, number);
+    CREATE INDEX operations_by_time ON operations (created_at, id);
+    """,
 )

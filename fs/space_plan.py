@@ -72,8 +72,8 @@ class ImageHolding:
 def account(configuration: Configuration, db: Database) -> SpaceAccount:
     """Count everything: a few `stat` calls per disk, one query for all chunks."""
     state_dir = configuration.state_dir
-    total_bytes, free_bytes = _file_system(state_dir)
-    available_bytes = _available(configuration, free_bytes)
+    total_bytes, free_bytes = file_system(state_dir)
+    available_bytes = available(configuration, free_bytes)
     promised_bytes = allocated_bytes = size_bytes = 0
     bases = _bases(configuration, db)
     for disk in inventory.disks(db, _EVERYBODY):
@@ -94,7 +94,7 @@ def account(configuration: Configuration, db: Database) -> SpaceAccount:
         disk_size_bytes=size_bytes,
         promised_bytes=promised_bytes,
         overcommit_ratio=configuration.space.overcommit_ratio,
-        promise_limit_bytes=_limit(configuration, available_bytes),
+        promise_limit_bytes=promise_limit(configuration, available_bytes),
     )
 
 
@@ -104,15 +104,15 @@ def admit(configuration: Configuration, db: Database, uuid: str, size_bytes: int
     Of several new disks the first ones are admitted: only rows before its own count. Raises
     `NoSpace`: `no-space` when the reserve is reached, `overcommit` with the numbers.
     """
-    _, free_bytes = _file_system(configuration.state_dir)
+    _, free_bytes = file_system(configuration.state_dir)
     reserve_bytes = configuration.space.reserve_bytes
     if free_bytes < reserve_bytes:
         raise no_space(
             configuration.state_dir,
             f"{free_bytes} bytes are free, {reserve_bytes} are kept for disks that exist",
         )
-    available_bytes = _available(configuration, free_bytes)
-    limit_bytes = _limit(configuration, available_bytes)
+    available_bytes = available(configuration, free_bytes)
+    limit_bytes = promise_limit(configuration, available_bytes)
     earlier = (
         "FROM disks WHERE uuid <> ?1 AND state <> 'deleting' AND NOT (state = 'creating' AND "
         "number > coalesce((SELECT number FROM disks WHERE uuid = ?1), number))"
@@ -142,10 +142,10 @@ def admit(configuration: Configuration, db: Database, uuid: str, size_bytes: int
 def admits_all(configuration: Configuration, db: Database) -> bool:
     """Tell whether every disk of the database could be given its whole size; then `admit` admits
     each of those that are being made."""
-    _, free_bytes = _file_system(configuration.state_dir)
+    _, free_bytes = file_system(configuration.state_dir)
     if free_bytes < configuration.space.reserve_bytes:
         return False
-    limit_bytes = _limit(configuration, _available(configuration, free_bytes))
+    limit_bytes = promise_limit(configuration, available(configuration, free_bytes))
     every = db.row("SELECT coalesce(sum(size_bytes), 0) FROM disks WHERE state <> 'deleting'")
     assert every is not None
     return bool(every[0] <= limit_bytes)
@@ -177,16 +177,19 @@ def holding_of(db: Database, image: Image) -> ImageHolding:
     )
 
 
-def _file_system(directory: Path) -> tuple[int, int]:
+def file_system(directory: Path) -> tuple[int, int]:
+    """Return the size of a directory's file system and what is free there, in bytes."""
     status = os.statvfs(directory)
     return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
 
 
-def _available(configuration: Configuration, free_bytes: int) -> int:
+def available(configuration: Configuration, free_bytes: int) -> int:
+    """Return what fetches and new disks may count on."""
     return max(0, free_bytes - configuration.space.reserve_bytes)
 
 
-def _limit(configuration: Configuration, available_bytes: int) -> int:
+def promise_limit(configuration: Configuration, available_bytes: int) -> int:
+    """Return how many bytes disks may be promised."""
     return int(available_bytes * configuration.space.overcommit_ratio)
 
 

@@ -260,9 +260,31 @@ def timestamp(moment: datetime) -> str:
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def record_event(connection: sqlite3.Connection, kind: str, subject: str, message: str) -> None:
-    """Append an event within the caller's transaction."""
-    connection.execute(
-        "INSERT INTO events (at, kind, subject, message) VALUES (?, ?, ?, ?)",
-        (now(), kind, subject, message),
-    )
+_RECORD_EVENT = """
+    INSERT INTO events (at, kind, subject, message, owner) VALUES (?1, ?2, ?3, ?4, coalesce(
+        (SELECT owner FROM disks WHERE uuid = ?3),
+        (SELECT owner FROM attachments WHERE id = ?3),
+        (SELECT owner FROM snapshots WHERE id = ?3),
+        (SELECT operations.owner FROM launches JOIN operations ON operations.id = operation_id
+         WHERE instance = ?3),
+        iif(substr(?2, 1, instr(?2, '.') - 1) IN
+            ('fetch', 'resolve', 'verify-image', 'delete-image', 'evict'), ?5, NULL),
+        (SELECT owner FROM events WHERE subject = ?3 ORDER BY number DESC LIMIT 1),
+        ?5))
+"""
+
+
+def record_event(
+    connection: sqlite3.Connection,
+    kind: str,
+    subject: str,
+    message: str,
+    *,
+    asker: str | None = None,
+) -> None:
+    """Append an event within the caller's transaction.
+
+    It is the subject's owner's, also when the subject has just gone. What nobody owns, as images and
+    what has no row yet, is the `asker`'s.
+    """
+    connection.execute(_RECORD_EVENT, (now(), kind, subject, message, asker))

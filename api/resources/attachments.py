@@ -3,6 +3,7 @@
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.listing import Listing
 from stratocache.api.models import (
     AttachmentCreation,
     LeaseRenewal,
@@ -15,6 +16,23 @@ from stratocache.cache.errors import NotFound
 from stratocache.fs import intents, inventory, leases, migrations
 from stratocache.fs.records import Attachment, Caller, Operation
 
+ATTACHMENTS = Listing(
+    orders=("created_at", "instance", "state", "owner"),
+    filters=("instance", "disk", "image", "state", "owner"),
+)
+OF_DISK = Listing(orders=ATTACHMENTS.orders, filters=("instance", "state", "owner"))
+
+
+class AttachmentOverview:
+    """`/v1/attachments`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        """List all attachments that the caller may see: own ones, and those of visible disks."""
+        _show_list(self._service, ATTACHMENTS, request, response)
+
 
 class AttachmentCollection:
     """`/v1/disks/{uuid}/attachments`."""
@@ -24,13 +42,8 @@ class AttachmentCollection:
 
     def on_get(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """List a disk's attachments."""
-        query.require_known(request, "limit", "after")
-        caller = answers.caller(request)
-        inventory.disk(self._service.db, caller, uuid)
-        found = inventory.attachments(self._service.db, disk_uuid=uuid)
-        chosen, after = query.page(request, found, lambda item: f"{item.number:020d}")
-        views = [_view(self._service, caller, attachment) for attachment in chosen]
-        answers.show_page(response, "attachments", views, after)
+        inventory.disk(self._service.db, answers.caller(request), uuid)
+        _show_list(self._service, OF_DISK, request, response, disk_uuid=uuid)
 
     def on_post(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """Attach the disk: 201 and how to reach it, or 202 when that takes longer than `?wait=`."""
@@ -174,7 +187,33 @@ def _show_made(
     )
 
 
+def _show_list(
+    service: Service,
+    listing: Listing,
+    request: falcon.Request,
+    response: falcon.Response,
+    disk_uuid: str | None = None,
+) -> None:
+    page, wanted = listing.page(request), listing.filters_of(request)
+    caller = answers.caller(request)
+    found = inventory.attachment_page(
+        service.db, caller, page,
+        disk_uuid=disk_uuid or wanted.pop("disk", None), image_id=wanted.pop("image", None), **wanted,
+    )  # fmt: skip
+    chosen, after = listing.cut(found, page)
+    places = inventory.places(service.db, chosen)
+    views = [
+        _view_at(service, caller, attachment, places.get(attachment.id, 0)) for attachment in chosen
+    ]
+    answers.show_page(response, "attachments", views, after)
+
+
 def _view(service: Service, caller: Caller, attachment: Attachment) -> AttachmentView:
-    siblings = inventory.attachments(service.db, instance=attachment.instance)
-    index = sum(sibling.number < attachment.number for sibling in siblings)
-    return AttachmentView.of(service.configuration, service.db.secrets, caller, attachment, index)
+    place = inventory.places(service.db, [attachment]).get(attachment.id, 0)
+    return _view_at(service, caller, attachment, place)
+
+
+def _view_at(
+    service: Service, caller: Caller, attachment: Attachment, place: int
+) -> AttachmentView:
+    return AttachmentView.of(service.configuration, service.db.secrets, caller, attachment, place)

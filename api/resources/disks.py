@@ -3,6 +3,7 @@
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.listing import Listing
 from stratocache.api.models import DiskChange, DiskCreation, read_body
 from stratocache.api.representations import DiskDetails, DiskView
 from stratocache.api.service import Service, require_success
@@ -12,6 +13,11 @@ from stratocache.fs.import_intents import ImportRequest, import_disk
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation
 from stratocache.fs.state import Database
 
+DISKS = Listing(
+    orders=("created_at", "tag", "size_bytes", "owner", "state"),
+    filters=("state", "tag", "owner", "visibility", "kind", "base_image"),
+)
+
 
 class DiskCollection:
     """`/v1/disks`."""
@@ -20,17 +26,11 @@ class DiskCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """List the disks that the caller may see; `?state=`, `?tag=` and `?owner=` choose."""
-        query.require_known(request, "limit", "after", "state", "tag", "owner")
-        state, tag, owner = (request.get_param(name) for name in ("state", "tag", "owner"))
-        db, caller = self._service.db, answers.caller(request)
-
-        def select(after: int, limit: int) -> list[Disk]:
-            return inventory.disks(
-                db, caller, state=state, tag=tag, owner=owner, after=after, limit=limit
-            )
-
-        chosen, after = query.numbered_page(request, select, lambda disk: disk.number)
+        """List the disks that the caller may see."""
+        db, page = self._service.db, DISKS.page(request)
+        wanted = DISKS.filters_of(request)
+        found = inventory.disks(db, answers.caller(request), page=page, **wanted)
+        chosen, after = DISKS.cut(found, page)
         held = inventory.attachments_of(db, chosen)
         views = [DiskView.of(disk, held[disk.uuid]) for disk in chosen]
         answers.show_page(response, "disks", views, after)

@@ -22,6 +22,9 @@ CAPABILITIES = (
     "attachments",
     "snapshots",
     "operations",
+    "events",
+    "references",
+    "overview",
     "cache",
     "metrics",
     "catalogue:stratuslab",
@@ -113,5 +116,7 @@ class MetricsPage:
                 from stratocache.api.metrics import Metrics
 
                 service = self._service
-                self._metrics = Metrics(service.configuration, service.db, self._requests)
+                self._metrics = Metrics(
+                    service.configuration, service.db, service.space, self._requests
+                )
             return self._metrics

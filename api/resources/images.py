@@ -5,6 +5,7 @@ from pathlib import Path
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.listing import Listing
 from stratocache.api.models import ImageFetch, read_body
 from stratocache.api.representations import ImageDetails, ImageView, OperationView
 from stratocache.api.service import Service, require_success
@@ -15,6 +16,10 @@ from stratocache.fs.lineage import lineage_of
 from stratocache.fs.records import Caller, Image
 from stratocache.fs.verification import request_verification
 
+IMAGES = Listing(
+    orders=("created_at", "id", "size_bytes", "last_used_at", "state"), filters=("state",)
+)
+
 
 class ImageCollection:
     """`/v1/images`."""
@@ -23,16 +28,12 @@ class ImageCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """List images, oldest first; `?state=` chooses."""
-        query.require_known(request, "limit", "after", "state")
-        state = request.get_param("state")
-        found = [
-            image
-            for image in inventory.images(self._service.db)
-            if state is None or image.state == state
-        ]
-        chosen, after = query.page(request, found, lambda image: f"{image.number:020d}")
-        answers.show_page(response, "images", [ImageView.of(image) for image in chosen], after)
+        """List images."""
+        page = IMAGES.page(request)
+        found = inventory.images(self._service.db, page=page, **IMAGES.filters_of(request))
+        chosen, after = IMAGES.cut(found, page)
+        views = [ImageView.of(image) for image in chosen]
+        answers.show_page(response, "images", views, after)
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         """Fetch an image: 202 and an operation, or 201 when that ends within `?wait=`."""

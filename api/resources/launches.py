@@ -3,12 +3,17 @@
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.listing import Listing
 from stratocache.api.models import LaunchCreation, LeaseRenewal, read_body
 from stratocache.api.representations import LaunchView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
 from stratocache.fs import intents, inventory, leases
 from stratocache.fs.records import Caller, Launch, LaunchRequest
+
+LAUNCHES = Listing(
+    orders=("created_at", "instance", "state"), filters=("state", "instance"), number="epoch"
+)
 
 
 class LaunchCollection:
@@ -18,15 +23,12 @@ class LaunchCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """List the caller's launches, all for an operator; `?state=` chooses."""
-        query.require_known(request, "limit", "after", "state")
-        caller, state = answers.caller(request), request.get_param("state")
-        found = [
-            launch
-            for launch in inventory.launches(self._service.db)
-            if (state is None or launch.state == state) and _visible(self._service, caller, launch)
-        ]
-        chosen, after = query.page(request, found, lambda launch: launch.instance)
+        """List the caller's launches, all for an operator."""
+        caller, page = answers.caller(request), LAUNCHES.page(request)
+        found = inventory.launches(
+            self._service.db, caller, page=page, **LAUNCHES.filters_of(request)
+        )
+        chosen, after = LAUNCHES.cut(found, page)
         views = [_view(self._service, caller, launch) for launch in chosen]
         answers.show_page(response, "launches", views, after)
 

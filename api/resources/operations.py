@@ -3,9 +3,16 @@
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.listing import Listing
 from stratocache.api.representations import OperationView
 from stratocache.api.service import Service
 from stratocache.fs import intents, inventory
+
+OPERATIONS = Listing(
+    orders=("created_at", "updated_at", "kind", "state"),
+    filters=("state", "kind", "subject", "owner"),
+    number="id",
+)
 
 
 class OperationCollection:
@@ -15,20 +22,12 @@ class OperationCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        """List the caller's operations, all for an operator, oldest first."""
-        query.require_known(request, "limit", "after", "state", "kind", "subject")
-        caller = answers.caller(request)
-        state, kind = request.get_param("state"), request.get_param("kind")
-        found = [
-            operation
-            for operation in inventory.operations(
-                self._service.db, subject=request.get_param("subject")
-            )
-            if intents.may_change(caller, operation.owner, ending=True)
-            and (state is None or operation.state == state)
-            and (kind is None or operation.kind == kind)
-        ]
-        chosen, after = query.page(request, found, lambda item: f"{item.created_at}~{item.id}")
+        """List the caller's operations, all for an operator."""
+        page = OPERATIONS.page(request)
+        found = inventory.operation_page(
+            self._service.db, answers.caller(request), page, **OPERATIONS.filters_of(request)
+        )
+        chosen, after = OPERATIONS.cut(found, page)
         views = [OperationView.of(operation) for operation in chosen]
         answers.show_page(response, "operations", views, after)
 

@@ -3,11 +3,14 @@
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.listing import Listing
 from stratocache.api.models import DiskSaving, SnapshotCreation, read_body
 from stratocache.api.representations import SnapshotView
 from stratocache.api.service import Service, require_success
 from stratocache.fs import inventory, snapshot_intents
 from stratocache.fs.records import SaveRequest
+
+SNAPSHOTS = Listing(orders=("created_at", "tag", "size_bytes", "state"), filters=("tag", "state"))
 
 
 class SnapshotCollection:
@@ -17,16 +20,11 @@ class SnapshotCollection:
         self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
-        """List a disk's snapshots, oldest first; `?tag=` chooses."""
-        query.require_known(request, "limit", "after", "tag")
-        inventory.disk(self._service.db, answers.caller(request), uuid)
-        tag = request.get_param("tag")
-        found = [
-            snapshot
-            for snapshot in inventory.snapshots(self._service.db, uuid)
-            if not snapshot.transient and (tag is None or snapshot.tag == tag)
-        ]
-        chosen, after = query.page(request, found, lambda item: f"{item.number:020d}")
+        """List a disk's snapshots."""
+        db, page = self._service.db, SNAPSHOTS.page(request)
+        inventory.disk(db, answers.caller(request), uuid)
+        found = inventory.snapshot_page(db, uuid, page, **SNAPSHOTS.filters_of(request))
+        chosen, after = SNAPSHOTS.cut(found, page)
         views = [SnapshotView.of(snapshot) for snapshot in chosen]
         answers.show_page(response, "snapshots", views, after)
 
