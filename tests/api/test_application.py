@@ -186,13 +186,12 @@ def test_frozen_supervisor_is_not_ready(api: Api, configuration: Configuration) 
 
 def test_bug_is_hidden_and_locked_database_is_named(api: Api, root: Requests) -> None:
     """An unexpected exception is 500 without its text; a state that does not answer is 503."""
+    operation = intents.request_fetch(api.db, ROOT, "a")
     blocker = sqlite3.connect(api.configuration.database, isolation_level=None)
     blocker.execute("DROP TABLE launches")
     blocker.close()
 
     problem(root("GET", "/v1/launches"), 503, "state-unavailable")
-    api.db.connection.execute("UPDATE operations SET request = 'x'")
-    operation = intents.request_fetch(api.db, ROOT, "a")
     api.db.connection.execute("UPDATE operations SET request = '{broken'")
     answer = root("GET", f"/v1/operations/{operation.id}")
     document = problem(answer, 500, "internal")

@@ -291,7 +291,10 @@ def test_events_of_before_count_after_the_migration(tmp_path: Path) -> None:
             old.executescript(f"BEGIN; {migration} COMMIT;")
         old.execute(f"PRAGMA user_version = {before}")
         for kind in ("disk.created", "disk.created", "image.verified"):
-            record_event(old, kind, "x", "It is so.")
+            old.execute(
+                "INSERT INTO events (at, kind, subject, message) VALUES ('', ?, 'x', 'It is so.')",
+                (kind,),
+            )
         old.commit()
 
     db = Database(path)
