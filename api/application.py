@@ -7,6 +7,7 @@ import falcon
 
 from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
+from stratocache.api.openapi import OpenApi
 from stratocache.api.problem import add_handlers
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.request_log import RequestLog
@@ -84,6 +85,7 @@ def _add_service(app: App, service: Service, requests: RequestCounts) -> None:
     app.add_route("/healthz", Liveness())
     app.add_route("/readyz", Readiness(service))
     app.add_route("/metrics", MetricsPage(service, requests))
+    app.add_route("/openapi.json", OpenApi())
     app.add_route("/v1", Index(service))
     app.add_route("/v1/overview", Overview(service))
     app.add_route("/v1/events", EventCollection(service))

@@ -62,6 +62,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/healthz"): _OPEN,
     ("GET", "/readyz"): _OPEN,
     ("GET", "/metrics"): _READ,
+    ("GET", "/openapi.json"): _OPEN,
     ("GET", "/v1"): Rule(None),
     ("GET", "/v1/overview"): _READ,
     ("GET", "/v1/events"): _READ,

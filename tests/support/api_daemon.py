@@ -22,6 +22,7 @@ from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.listener import listen
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
+from support import conformity
 
 ROOT = Caller("root", "admin")
 IMAGE_ID = "GOaxJFdoEXvqAm9ArJgnZ0_ky6F"
@@ -219,7 +220,7 @@ def caller_socket(user: int = 0) -> Iterator[socket.socket]:
 
 @dataclass
 class Requests:
-    """Sends requests to the application as one user."""
+    """Sends requests to the application as one user; every answer must be as it is described."""
 
     client: testing.TestClient
     connection: socket.socket
@@ -230,6 +231,9 @@ class Requests:
             options["json"] = body
         options["extras"] = {"gunicorn.socket": self.connection}
         result: testing.Result = self.client.simulate_request(method, path, **options)
+        conformity.check(
+            method, path, result.status_code, result.headers.get("content-type", ""), result.content
+        )
         return result
 
 
