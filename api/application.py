@@ -9,6 +9,7 @@ from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.openapi import OpenApi
 from stratocache.api.problem import add_handlers
+from stratocache.api.rate_limit import RateLimit
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.request_log import RequestLog
 from stratocache.api.resources.attachments import (
@@ -69,6 +70,7 @@ def create_app(
     app = falcon.App()
     app.add_middleware(RequestLog())
     app.add_middleware(requests)
+    app.add_middleware(RateLimit(configuration.api.requests_per_s))
     app.add_middleware(Authentication(configuration.api, db))
     app.add_middleware(Authorisation(db))
     app.req_options.strip_url_path_trailing_slash = True

@@ -45,6 +45,7 @@ def add_handlers(app: falcon.App[falcon.Request, falcon.Response]) -> None:
     app.add_error_handler(sqlite3.OperationalError, _handle_state)
     app.add_error_handler(StratocacheError, _handle_error)
     app.add_error_handler(FailedOperation, _handle_failed_operation)
+    app.add_error_handler(ConnectionError, _handle_lost_client)
 
 
 def document_of(error: StratocacheError, *, operation_id: str | None = None) -> dict[str, Any]:
@@ -104,6 +105,17 @@ def _handle_state(
             "state-unavailable", f"The state database does not answer ({error}); try again."
         )
     _write(response, document_of(shown))
+
+
+def _handle_lost_client(
+    request: falcon.Request,
+    response: falcon.Response,
+    error: ConnectionError,
+    _parameters: dict[str, Any],
+) -> None:
+    log.debug("%s %s: %s", request.method, request.path, error)
+    problem = HttpProblem(408, "client-too-slow", "The request did not arrive in time; try again.")
+    _handle_http(request, response, problem, {})
 
 
 def _handle_bug(

@@ -16,6 +16,7 @@ from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from stratocache.api.application import create_app
+from stratocache.api.connection_worker import ConnectionWorker
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.server_log import ServerLog
 from stratocache.cache.configuration import Configuration
@@ -24,6 +25,9 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.state import Database
 
 _GRACE_S = 5
+_REQUEST_LINE_BYTES_MAX = 4094
+_HEADERS_MAX = 64
+_HEADER_BYTES_MAX = 8190
 
 
 class Server(BaseApplication):  # type: ignore[misc]
@@ -41,7 +45,10 @@ class Server(BaseApplication):  # type: ignore[misc]
         """Set gunicorn's options."""
         settings: dict[str, Any] = {
             "bind": f"fd://{self._listen_fd}",
-            "worker_class": "gthread",
+            "worker_class": ConnectionWorker,
+            "limit_request_line": _REQUEST_LINE_BYTES_MAX,
+            "limit_request_fields": _HEADERS_MAX,
+            "limit_request_field_size": _HEADER_BYTES_MAX,
             "graceful_timeout": _GRACE_S,
             "logger_class": ServerLog,
             "loglevel": self._configuration.log_level,

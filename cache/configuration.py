@@ -99,6 +99,9 @@ class ApiSettings(_Table):
 
     workers: Annotated[int, Field(ge=1, le=32)] = 2
     threads: Annotated[int, Field(ge=1, le=128)] = 16
+    requests_per_s: Annotated[float, Field(ge=0, le=1e6)] = 200
+    """Of one caller, per worker; a tenth of it of an address without a caller that we know. 0 = no
+    limit, which administrators on the Unix socket never have."""
     group: str = "stratocache"
     """Members of this Unix group are administrators, as root is."""
 

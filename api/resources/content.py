@@ -32,9 +32,6 @@ from stratocache.fs.content_source import Source, disk_tag, open_disk, open_snap
 from stratocache.fs.content_upload import ContentFormat, Upload, Uploads
 from stratocache.fs.rights import require_read
 
-_STALL_S = 60
-"""A client that takes, or sends, nothing for so long is gone: it holds a disk and a thread."""
-
 
 class UploadView(Representation):
     """How far an upload is."""
@@ -95,7 +92,6 @@ class DiskContent:
         caller = answers.caller(request)
         part = sent_part(request)
         terminated = request.env.get("wsgi.input_terminated", False)
-        _limit_stalls(request)
         with self._service.transfer():
             upload = self._uploads.receive(
                 caller, uuid, part, request.stream if terminated else request.bounded_stream
@@ -125,7 +121,6 @@ class DiskContent:
             _head(response, uuid, wanted, etag)
             response.content_length = end - start
             if send:
-                _limit_stalls(request)
                 response.stream = _Stream(source.pieces(start, end), held.pop_all())
 
     def _open(self, request: falcon.Request, uuid: str, held: ExitStack) -> tuple[Source, str]:
@@ -178,10 +173,3 @@ def _head(response: falcon.Response, uuid: str, wanted: ContentFormat, etag: str
     response.accept_ranges = "bytes"
     response.vary = "Accept"
     response.downloadable_as = f"{uuid}.{suffix}"
-
-
-def _limit_stalls(request: falcon.Request) -> None:
-    """Let the socket's calls fail when the client does nothing for long."""
-    client = request.env.get("gunicorn.socket")
-    if client is not None:
-        client.settimeout(_STALL_S)

@@ -254,15 +254,18 @@ class Api:
 
 
 @contextmanager
-def serving(configuration: Configuration) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the real API process until the end of the block."""
+def serving(configuration: Configuration, prelude: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Run the real API process until the end of the block; a `prelude` in Python goes before it."""
+    program = ["-m", "stratocache.api.server"]
+    if prelude:
+        program = ["-c", f"{prelude}\nfrom stratocache.api.server import main\nmain()"]
     path = configuration.run_dir / "configuration.json"
     path.write_text(configuration.model_dump_json())
     reports, ready = os.pipe()
     with listen(configuration.api_socket, "no-such-group") as listener, open(reports, "rb") as pipe:
         descriptors = (listener.fileno(), ready)
         process = subprocess.Popen(
-            [sys.executable, "-m", "stratocache.api.server", "--config-json", str(path),
+            [sys.executable, *program, "--config-json", str(path),
              "--listen-fd", str(listener.fileno()), "--ready-fd", str(ready)],
             stdin=subprocess.DEVNULL, pass_fds=descriptors,
         )  # fmt: skip
