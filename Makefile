@@ -11,7 +11,7 @@ INSTALL := packaging/install-dependencies
 RUNTIME_PACKAGES := packaging/apt-packages.txt
 TEST_PACKAGES := packaging/apt-packages-test.txt
 
-.PHONY: help venv test-tools demo test lint bench crash serve clean
+.PHONY: help venv test-tools demo test lint man bench crash serve clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,9 @@ lint: venv ## check style, format and types
 	@$(RUN)/ruff check .
 	@$(RUN)/ruff format --check .
 	@$(RUN)/mypy
+
+man: venv ## write the manual pages, made from the commands, to build/man
+	@$(RUN)/python packaging/man/manual.py build/man
 
 bench: test-tools ## measure, print the table, write build/bench.json (root)
 	@mkdir -p build

@@ -5,6 +5,8 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.completion import DISK, HOLDER
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option
 
 if TYPE_CHECKING:
@@ -19,8 +21,13 @@ lease_option = click.option(
 )  # fmt: skip
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk migrate $UUID --to vm2",
+        "stratocache disk migrate $UUID --complete      # or --abort",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.option("--to", metavar="INSTANCE", help="Attach it to this instance too, for a while.")
 @click.option("--complete", is_flag=True, help="Take it from the first; the new one has it.")
 @click.option("--abort", is_flag=True, help="Take it from the new one; the first keeps it.")
@@ -74,9 +81,13 @@ def migrate(
     )
 
 
-@click.command()
-@click.argument("uuid")
-@click.option("--instance", help="Needed when several instances have it.")
+@click.command(
+    epilog=examples(
+        "stratocache disk lease $UUID --lease 3600",
+    )
+)
+@click.argument("uuid", type=DISK)
+@click.option("--instance", type=HOLDER, help="Needed when several instances have it.")
 @lease_option
 @epoch_option
 @json_option

@@ -7,8 +7,11 @@ from urllib.parse import quote
 import click
 
 from stratocache.api.check_commands import finding_view
+from stratocache.api.completion import IMAGE
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, SizeType, json_option, plain
 from stratocache.api.sizes import format_size
+from stratocache.api.watch import watch_option
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -33,7 +36,13 @@ def cache() -> None:
     """Show what the cache and the disks take, what holds it; evict, scrub and check."""
 
 
-@cache.command()
+@cache.command(
+    epilog=examples(
+        "stratocache cache status",
+        "stratocache cache status --watch --interval 10",
+    )
+)
+@watch_option
 @json_option
 @click.pass_obj
 def status(session: Session) -> None:
@@ -70,9 +79,15 @@ def _peer_lines(account: "Document") -> list[str]:
     return lines
 
 
-@cache.command()
+@cache.command(
+    epilog=examples(
+        "stratocache cache plan",
+        "stratocache cache plan --offline --fix     # before the network goes",
+    )
+)
 @click.option("--offline", is_flag=True, help="Only what would fail without its origins.")
 @click.option("--fix", is_flag=True, help="With --offline: fetch what is missing.")
+@watch_option
 @json_option
 @click.pass_context
 def plan(context: click.Context, offline: bool, fix: bool) -> None:
@@ -144,8 +159,13 @@ def verify_image(session: Session, image_id: str) -> "Document":
     return session.follow(operation, "verify")
 
 
-@cache.command()
-@click.option("--image", "image_id", metavar="ID", help="This image.")
+@cache.command(
+    epilog=examples(
+        "stratocache cache evict --bytes 10G --dry-run",
+        "stratocache cache evict --image MMZu9WvwKIro-rtBQfDk4PsKO7_",
+    )
+)
+@click.option("--image", "image_id", type=IMAGE, metavar="ID", help="This image.")
 @click.option("--bytes", "size_bytes", type=SizeType(), help="At least so much, such as 10G.")
 @click.option("--dry-run", is_flag=True, help="Only show what would go.")
 @json_option
@@ -173,7 +193,12 @@ def evict(session: Session, image_id: str | None, size_bytes: int | None, dry_ru
     session.show(preview, "\n".join(lines))
 
 
-@cache.command()
+@cache.command(
+    epilog=examples(
+        "stratocache cache scrub --wait",
+        "stratocache cache scrub --pause",
+    )
+)
 @click.option("--now", "action", flag_value="now", default=True, help="Begin a pass (default).")
 @click.option("--pause", "action", flag_value="pause", help="Stop reading until --resume.")
 @click.option("--resume", "action", flag_value="resume", help="Go on where it was.")
@@ -199,7 +224,12 @@ def scrub(context: click.Context, action: str, wait: bool) -> None:
         context.exit(6)
 
 
-@cache.command()
+@cache.command(
+    epilog=examples(
+        "stratocache cache check --deep",
+        "stratocache cache check --repair     # while the daemon is stopped",
+    )
+)
 @click.option(
     "--repair", is_flag=True, help="Remove what nothing needs; the daemon must be stopped."
 )

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stratocache.api.completion import DISK
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option, plain
 
 if TYPE_CHECKING:
@@ -11,8 +13,14 @@ if TYPE_CHECKING:
     from stratocache.fs.disk_repair import Finding
 
 
-@click.command()
-@click.argument("uuid", required=False)
+@click.command(
+    epilog=examples(
+        "stratocache disk check",
+        "stratocache disk check $UUID --deep",
+        "stratocache disk check --repair     # while the daemon is stopped",
+    )
+)
+@click.argument("uuid", type=DISK, required=False)
 @click.option(
     "--repair", is_flag=True, help="Remove what a crash left; the daemon must be stopped."
 )

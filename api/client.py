@@ -1,4 +1,4 @@
-"""HTTP client of the daemon, over its Unix socket; answers' problems become our errors again.
+"""HTTP client of a daemon, at its Unix socket or elsewhere; problems become our errors again.
 
 The standard library's client: it starts in a tenth of the time that others take, which short
 commands spend mostly on starting.
@@ -9,10 +9,10 @@ import json
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 from stratocache.api.problem_titles import TITLES
@@ -44,31 +44,70 @@ _NEAREST = {401: "Refused", 404: "NotFound", 409: "Conflict", 412: "Conflict"}
 _CATEGORIES = {title: category.__name__ for category, title in TITLES.items()}
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """An HTTP connection to a Unix socket."""
+class Endpoint(Protocol):
+    """Where a daemon is, and who asks."""
 
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("stratocache", timeout=timeout_s)
-        self._path = path
-        self._timeout_s = timeout_s
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What every request says of its sender."""
 
-    def connect(self) -> None:
-        """Connect; raises `OSError`."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connection.settimeout(self._timeout_s)
-            connection.connect(str(self._path))
-        except BaseException:
-            connection.close()
-            raise
-        self.sock = connection
+    def open(self, timeout_s: float) -> http.client.HTTPConnection:
+        """Return a connection that is made already; raises `OSError` and `StratocacheError`.
+
+        It waits for `timeout_s` seconds at most whenever it reads or writes.
+        """
+
+    def explain(self, error: Exception) -> StratocacheError:
+        """Return our error for what a connection raised."""
+
+    def refuse(self, error: StratocacheError) -> StratocacheError:
+        """Return the error to be shown for a 401."""
 
 
-class Client:
-    """The daemon that listens on one socket; raises `StratocacheError` for everything."""
+class LocalEndpoint:
+    """The daemon of this host, at its Unix socket."""
+
+    headers: Mapping[str, str] = {}
 
     def __init__(self, socket_path: Path) -> None:
         self._socket_path = socket_path
+
+    def open(self, timeout_s: float) -> http.client.HTTPConnection:
+        """Connect."""
+        connection = http.client.HTTPConnection("stratocache", timeout=timeout_s)
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            link.settimeout(timeout_s)
+            link.connect(str(self._socket_path))
+        except BaseException:
+            link.close()
+            raise
+        connection.sock = link
+        return connection
+
+    def explain(self, error: Exception) -> StratocacheError:
+        """Say which socket, and what to do."""
+        if isinstance(error, PermissionError):
+            return Unreachable(
+                "daemon-forbidden",
+                f"You may not use {self._socket_path}; ask to join the group that owns it.",
+            )
+        return Unreachable(
+            "daemon-unreachable",
+            f"No daemon answers on {self._socket_path} ({error}); start `stratocache serve`, "
+            "or name its socket with --socket.",
+        )
+
+    def refuse(self, error: StratocacheError) -> StratocacheError:
+        """Return the error as it is: the kernel says who we are."""
+        return error
+
+
+class Client:
+    """A daemon; raises `StratocacheError` for everything."""
+
+    def __init__(self, endpoint: Endpoint | Path) -> None:
+        self._endpoint = LocalEndpoint(endpoint) if isinstance(endpoint, Path) else endpoint
 
     def get(self, path: str, **parameters: str | float) -> Document:
         """GET a document."""
@@ -161,56 +200,62 @@ class Client:
     ) -> Document:
         timeout_s = float(parameters.get("wait", 0)) + _MARGIN_S
         address = f"{path}?{urlencode(parameters)}" if parameters else path
-        content = None if body is None else json.dumps(body).encode()
+        content = b"" if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
-        connection = _UnixConnection(self._socket_path, timeout_s)
-        try:
-            connection.request(method, address, content, headers)
-            response = connection.getresponse()
-            status, answer = response.status, response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unreachable(error) from None
-        finally:
-            connection.close()
-        if status in _SUCCESSES:
-            return _document(answer) if answer else {}
-        raise _error_of(status, answer)
+        with self.exchange(method, address, headers, content, timeout_s=timeout_s) as response:
+            answer = self._read(response)
+        return _document(answer) if answer else {}
 
     @contextmanager
     def exchange(
-        self, method: str, path: str, headers: dict[str, str], body: bytes = b""
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        *,
+        timeout_s: float = _EXCHANGE_S,
     ) -> Iterator[http.client.HTTPResponse]:
         """Send a request and yield the answer, its content still to be read.
 
         Raises the answer's error and `Unreachable`. Reading raises `OSError`, or ends too early.
         """
-        connection = _UnixConnection(self._socket_path, _EXCHANGE_S)
         try:
-            try:
-                # it may have answered before it read everything
-                with suppress(BrokenPipeError, ConnectionResetError):
-                    connection.request(method, path, body, headers)
-                response = connection.getresponse()
-                content = b"" if response.status in _SUCCESSES else response.read()
-            except (OSError, http.client.HTTPException) as error:
-                raise self._unreachable(error) from None
+            connection = self._endpoint.open(timeout_s)
+        except OSError as error:
+            raise self._endpoint.explain(error) from None
+        try:
+            response = self._request(
+                connection, method, path, body, {**self._endpoint.headers, **headers}
+            )
             if response.status not in _SUCCESSES:
-                raise _error_of(response.status, content)
+                answered = _error_of(response.status, self._read(response))
+                raise self._endpoint.refuse(answered) if response.status == 401 else answered
             yield response
         finally:
             connection.close()
 
-    def _unreachable(self, error: Exception) -> Unreachable:
-        if isinstance(error, PermissionError):
-            return Unreachable(
-                "daemon-forbidden",
-                f"You may not use {self._socket_path}; ask to join the group that owns it.",
-            )
-        return Unreachable(
-            "daemon-unreachable",
-            f"No daemon answers on {self._socket_path} ({error}); start `stratocache serve`, "
-            "or name its socket with --socket.",
-        )
+    def _request(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+    ) -> http.client.HTTPResponse:
+        try:
+            # it may have answered and hung up before it read everything
+            with suppress(OSError):
+                connection.request(method, path, body or None, headers)
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._endpoint.explain(error) from None
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._endpoint.explain(error) from None
 
 
 def _document(answer: bytes) -> Document:

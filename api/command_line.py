@@ -10,13 +10,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never
 
 import click
 
 from stratocache import __version__
+from stratocache.api.completion import REMOTE
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option
 from stratocache.cache.errors import Cancelled, Internal, InvalidInput, StratocacheError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _COMMANDS = {
     "serve": ("stratocache.api.serve_command", "Run the daemon."),
@@ -32,6 +37,7 @@ _COMMANDS = {
     "peers": ("stratocache.api.peer_commands", "Hosts that give each other images."),
     "operation": ("stratocache.api.operation_commands", "Work under way."),
     "marketplace": ("stratocache.api.marketplace_commands", "Publish and check metadata."),
+    "completion": ("stratocache.api.completion_command", "Let a shell complete commands and ids."),
 }
 _EXIT_STATUSES = (
     "Exit status: 0 done, 1 failed otherwise, 2 usage, 3 not found, 4 conflict, 5 refused by "
@@ -59,6 +65,17 @@ class CommandLine(click.Group):
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_module, text) in _COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem[str]]":
+        """Offer the commands without importing them, and the options."""
+        from click.shell_completion import CompletionItem
+
+        names = [
+            CompletionItem(name, help=text)
+            for name, (_module, text) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def main(
         self,
@@ -114,7 +131,13 @@ def _as_our_error(error: BaseException) -> StratocacheError:
 @click.group(
     "stratocache",
     cls=CommandLine,
-    epilog=_EXIT_STATUSES,
+    epilog=examples(
+        "stratocache launch REFERENCE --instance vm1 --size 20G --print qemu",
+        "stratocache disk ls --watch",
+        "stratocache --remote node3 image ls --json",
+    )
+    + "\n\n"
+    + _EXIT_STATUSES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="stratocache")
@@ -126,19 +149,19 @@ def _as_our_error(error: BaseException) -> StratocacheError:
 @click.option(
     "--socket", "socket_path", type=click.Path(path_type=Path), help="Socket of the daemon's API."
 )
+@click.option(
+    "--remote", type=REMOTE, metavar="NAME",
+    help="Ask this host of `remote ls`; local is this host.",
+)  # fmt: skip
+@click.option("--url", help="Ask the daemon there, such as https://node3.example.org:8443.")
 @json_option
 @click.pass_obj
-def command_line(
-    session: Session,
-    config_path: Path | None,
-    state_dir: Path | None,
-    run_dir: Path | None,
-    socket_path: Path | None,
-) -> None:
+def command_line(session: Session, /, **options: Any) -> None:
     """Host-local cache of VM images, and persistent disks over iSCSI."""
-    session.config_path = config_path
-    session.socket_path = socket_path
-    session.flags = {"state_dir": state_dir, "run_dir": run_dir}
+    others = [name for name in ("remote", "url", "socket_path") if options[name] is not None]
+    if len(others) > 1:
+        raise click.UsageError("Give one of --remote, --url and --socket.")
+    session.choose(**options)
 
 
 def main() -> Never:

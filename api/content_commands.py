@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.completion import DISK, SNAPSHOT
+from stratocache.api.examples import examples
 from stratocache.api.session import Command, Session, json_option
 
 if TYPE_CHECKING:
@@ -33,11 +35,16 @@ _FORMAT = click.option(
 )  # fmt: skip
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk download $UUID backup.qcow2",
+        "stratocache disk download $UUID - --snapshot $SNAPSHOT | zstd > backup.img.zst",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.argument("file")
 @_FORMAT
-@click.option("--snapshot", metavar="ID", help="Of the disk; it may be in use then.")
+@click.option("--snapshot", type=SNAPSHOT, metavar="ID", help="Of the disk; it may be in use then.")
 @json_option
 @click.pass_obj
 def download(
@@ -64,8 +71,12 @@ def download(
     )
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk upload $UUID disk.img",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.argument("file", type=click.Path(path_type=Path))
 @_FORMAT
 @json_option

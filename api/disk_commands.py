@@ -18,7 +18,9 @@ from stratocache.api.attachment_commands import (
 )
 from stratocache.api.cache_commands import promise_line
 from stratocache.api.check_commands import check
+from stratocache.api.completion import DISK, HOLDER, IMAGE, SNAPSHOT
 from stratocache.api.content_commands import download, import_options, upload
+from stratocache.api.examples import examples
 from stratocache.api.hot_plug import machine_options, place_of
 from stratocache.api.open_iscsi_commands import (
     attach_here,
@@ -38,6 +40,7 @@ from stratocache.api.snapshot_commands import (
     snapshot_rm,
     snapshots,
 )
+from stratocache.api.watch import watch_option
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -60,17 +63,32 @@ for command in (hydrate, resize, restore, rollback, save, snapshot, snapshot_rm,
     disk.add_command(command)
 
 
-@disk.command()
+@disk.command(
+    epilog=examples(
+        "stratocache disk create --size 20G --tag results",
+        "stratocache disk create --reference MMZu9WvwKIro-rtBQfDk4PsKO7_ --size 40G",
+        "stratocache disk create --import https://example.org/disk.qcow2",
+    )
+)
 @click.option("--size", "size_bytes", type=SizeType(), help="Such as 10G; blank disks need one.")
-@click.option("--reference", help="Clone this image; --size may grow the clone.")
-@click.option("--snapshot", metavar="ID", help="Clone this snapshot; --size may grow the clone.")
+@click.option("--reference", type=IMAGE, help="Clone this image; --size may grow the clone.")
+@click.option(
+    "--snapshot",
+    type=SNAPSHOT,
+    metavar="ID",
+    help="Clone this snapshot; --size may grow the clone.",
+)
 @click.option("--tag", default="", help="Free text, at most 40 characters.")
-@click.option("--visibility", type=_VISIBILITY, default="private", show_default=True)
+@click.option(
+    "--visibility", type=_VISIBILITY, default="private", show_default=True,
+    help="A public one may be seen, cloned and attached read-only by everybody.",
+)  # fmt: skip
 @click.option(
     "--kind",
     type=click.Choice(["machine", "data", "readonly"]),
     default="data",
     show_default=True,
+    help="What it is for.",
 )
 @click.option("--volatile", is_flag=True, help="Delete it when it is detached.")
 @import_options
@@ -88,9 +106,16 @@ def create(session: Session, /, **wanted: Any) -> None:
         click.echo(promise_line(session.client.get("/v1/cache")), err=True)
 
 
-@disk.command()
+@disk.command(
+    epilog=examples(
+        "stratocache disk ls --tag results",
+        "stratocache disk ls --watch",
+        "stratocache disk ls --json | jq -r '.disks[].uuid'",
+    )
+)
 @click.option("--tag", help="Only disks with this tag.")
 @click.option("--owner", help="Only disks of this user.")
+@watch_option
 @json_option
 @click.pass_obj
 def ls(session: Session, tag: str | None, owner: str | None) -> None:
@@ -111,8 +136,13 @@ def ls(session: Session, tag: str | None, owner: str | None) -> None:
     )
 
 
-@disk.command()
-@click.argument("uuid")
+@disk.command(
+    epilog=examples(
+        "stratocache disk show $UUID",
+    )
+)
+@click.argument("uuid", type=DISK)
+@watch_option
 @json_option
 @click.pass_obj
 def show(session: Session, uuid: str) -> None:
@@ -125,8 +155,13 @@ def show(session: Session, uuid: str) -> None:
         plots.echo_history(document)
 
 
-@disk.command()
-@click.argument("uuid")
+@disk.command(
+    epilog=examples(
+        "stratocache disk rm $UUID",
+        "stratocache disk rm $UUID --snapshots",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.option("--snapshots", is_flag=True, help="Delete its snapshots too.")
 @json_option
 @click.pass_obj
@@ -136,10 +171,15 @@ def rm(session: Session, uuid: str, snapshots: bool) -> None:
     session.show({"deleted": uuid}, f"Disk {uuid} is deleted.")
 
 
-@disk.command(name="set")
-@click.argument("uuid")
-@click.option("--tag")
-@click.option("--visibility", type=_VISIBILITY)
+@disk.command(
+    name="set",
+    epilog=examples(
+        "stratocache disk set $UUID --tag 'results of May' --visibility public",
+    ),
+)
+@click.argument("uuid", type=DISK)
+@click.option("--tag", help="Free text, at most 40 characters.")
+@click.option("--visibility", type=_VISIBILITY, help="Who may see and clone it.")
 @click.option("--owner", help="Give the disk to this user (administrators only).")
 @json_option
 @click.pass_obj
@@ -151,10 +191,19 @@ def change(session: Session, /, uuid: str, **wanted: str | None) -> None:
     session.show(session.client.patch(_path(uuid), body), f"Disk {uuid} is changed.")
 
 
-@disk.command()
-@click.argument("uuid")
+@disk.command(
+    epilog=examples(
+        "stratocache disk attach $UUID --instance vm1",
+        "stratocache disk attach $UUID --instance vm1 --qmp /run/vm1.qmp",
+        "stratocache disk attach $UUID --instance here --open-iscsi",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.option("--instance", required=True, help="Id of the VM that will use it.")
-@click.option("--access", type=click.Choice(["rw", "ro"]), default="rw", show_default=True)
+@click.option(
+    "--access", type=click.Choice(["rw", "ro"]), default="rw", show_default=True,
+    help="Whether the instance may write.",
+)  # fmt: skip
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
 @lease_option
 @machine_options
@@ -203,9 +252,14 @@ def _export(session: Session, uuid: str, body: "Document") -> "Document":
     return document
 
 
-@disk.command()
-@click.argument("uuid")
-@click.option("--instance", help="Needed when several instances have it.")
+@disk.command(
+    epilog=examples(
+        "stratocache disk detach $UUID",
+        "stratocache disk detach $UUID --instance vm1 --force",
+    )
+)
+@click.argument("uuid", type=DISK)
+@click.option("--instance", type=HOLDER, help="Needed when several instances have it.")
 @click.option("--force", is_flag=True, help="Cut it off, proven: nobody can use it after that.")
 @epoch_option
 @machine_options

@@ -4,10 +4,16 @@ from dataclasses import asdict
 
 import click
 
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "stratocache doctor",
+        "stratocache doctor --json",
+    )
+)
 @json_option
 @click.pass_context
 def doctor(context: click.Context) -> None:

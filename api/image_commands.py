@@ -7,8 +7,11 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.completion import IMAGE
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option
 from stratocache.api.sizes import format_size
+from stratocache.api.watch import watch_option
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -19,7 +22,11 @@ def image() -> None:
     """Fetch, list, pin, verify, mount and delete cached images."""
 
 
-@image.command()
+@image.command(
+    epilog=examples(
+        "stratocache image fetch MMZu9WvwKIro-rtBQfDk4PsKO7_ --pin",
+    )
+)
 @click.argument("reference")
 @click.option("--pin", is_flag=True, help="Never evict it.")
 @json_option
@@ -32,8 +39,14 @@ def fetch(session: Session, reference: str, pin: bool) -> None:
     session.show(document, document["id"])
 
 
-@image.command()
+@image.command(
+    epilog=examples(
+        "stratocache image ls",
+        "stratocache image ls --state fetching --watch",
+    )
+)
 @click.option("--state", help="Only images in this state.")
+@watch_option
 @json_option
 @click.pass_obj
 def ls(session: Session, state: str | None) -> None:
@@ -56,8 +69,14 @@ def _size(item: "Document") -> Any:
     return None if item["size_bytes"] is None else format_size(item["size_bytes"])
 
 
-@image.command()
-@click.argument("image_id", metavar="ID")
+@image.command(
+    epilog=examples(
+        "stratocache image show $ID",
+        "stratocache image show $ID --watch     # until it is complete",
+    )
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
+@watch_option
 @json_option
 @click.pass_obj
 def show(session: Session, image_id: str) -> None:
@@ -76,8 +95,12 @@ def show(session: Session, image_id: str) -> None:
         show_lineage(document)
 
 
-@image.command()
-@click.argument("image_id", metavar="ID")
+@image.command(
+    epilog=examples(
+        "stratocache image rm $ID",
+    )
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @json_option
 @click.pass_obj
 def rm(session: Session, image_id: str) -> None:
@@ -86,8 +109,12 @@ def rm(session: Session, image_id: str) -> None:
     session.show({"deleted": image_id}, f"Image {image_id} is deleted.")
 
 
-@image.command()
-@click.argument("image_id", metavar="ID")
+@image.command(
+    epilog=examples(
+        "stratocache image pin $ID",
+    )
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @json_option
 @click.pass_obj
 def pin(session: Session, image_id: str) -> None:
@@ -95,8 +122,12 @@ def pin(session: Session, image_id: str) -> None:
     session.show(session.client.put(_path(image_id) + "/pin"), f"Image {image_id} is pinned.")
 
 
-@image.command()
-@click.argument("image_id", metavar="ID")
+@image.command(
+    epilog=examples(
+        "stratocache image unpin $ID",
+    )
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @json_option
 @click.pass_obj
 def unpin(session: Session, image_id: str) -> None:
@@ -110,8 +141,13 @@ def bootset() -> None:
     """What a boot reads of an image: it is fetched first. Learned, or taken from elsewhere."""
 
 
-@bootset.command("export")
-@click.argument("image_id", metavar="ID")
+@bootset.command(
+    "export",
+    epilog=examples(
+        "stratocache image bootset export $ID base.img.bootset",
+    ),
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @json_option
 @click.pass_obj
@@ -127,8 +163,13 @@ def export_bootset(session: Session, image_id: str, file: Path) -> None:
     )
 
 
-@bootset.command("import")
-@click.argument("image_id", metavar="ID")
+@bootset.command(
+    "import",
+    epilog=examples(
+        "stratocache image bootset import $ID base.img.bootset",
+    ),
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @json_option
 @click.pass_obj
@@ -145,8 +186,12 @@ def import_bootset(session: Session, image_id: str, file: Path) -> None:
     session.show({"image": image_id, "file": str(file)}, f"Image {image_id} has a boot set.")
 
 
-@image.command()
-@click.argument("image_id", metavar="ID")
+@image.command(
+    epilog=examples(
+        "stratocache image verify $ID",
+    )
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @json_option
 @click.pass_obj
 def verify(session: Session, image_id: str) -> None:
@@ -161,8 +206,13 @@ def verify(session: Session, image_id: str) -> None:
     )
 
 
-@image.command()
-@click.argument("image_id", metavar="ID")
+@image.command(
+    epilog=examples(
+        "stratocache image mount $ID /mnt",
+        "stratocache image mount $ID /mnt --partition 2",
+    )
+)
+@click.argument("image_id", metavar="ID", type=IMAGE)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--partition", type=click.IntRange(1, 128), help="Number; found by itself if absent.")
 @json_option
@@ -189,7 +239,11 @@ def mount(session: Session, image_id: str, directory: Path, partition: int | Non
     )
 
 
-@image.command()
+@image.command(
+    epilog=examples(
+        "stratocache image umount /mnt",
+    )
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 @json_option
 @click.pass_obj

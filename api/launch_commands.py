@@ -17,6 +17,8 @@ from stratocache.api.attachment_commands import (
     lease_body,
     lease_option,
 )
+from stratocache.api.completion import DISK, IMAGE, INSTANCE
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, SizeType, json_option
 
 if TYPE_CHECKING:
@@ -27,13 +29,21 @@ _KVM = Path("/dev/kvm")
 _PORTS = 8
 
 
-@click.command()
-@click.argument("reference")
+@click.command(
+    epilog=examples(
+        "stratocache launch MMZu9WvwKIro-rtBQfDk4PsKO7_ --instance vm1 --disk $UUID --print qemu",
+        "stratocache launch MMZu9WvwKIro-rtBQfDk4PsKO7_ --instance vm1 --print xml",
+        "stratocache launch MMZu9WvwKIro-rtBQfDk4PsKO7_ --instance vm1 --run qemu",
+    )
+)
+@click.argument("reference", type=IMAGE)
 @click.option("--instance", required=True, help="Id of the VM.")
 @click.option("--size", "size_bytes", type=SizeType(), help="Grow the boot disk, such as 20G.")
-@click.option("--disk", "disks", multiple=True, metavar="UUID", help="Attach this disk too.")
 @click.option(
-    "--readonly-disk", "readonly", multiple=True, metavar="REFERENCE",
+    "--disk", "disks", type=DISK, multiple=True, metavar="UUID", help="Attach this disk too."
+)
+@click.option(
+    "--readonly-disk", "readonly", type=IMAGE, multiple=True, metavar="REFERENCE",
     help="Attach this image too, read-only.",
 )  # fmt: skip
 @click.option("--initiator", help="Only this iSCSI initiator name may log in.")
@@ -156,8 +166,13 @@ def _pluggable(qmp: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@click.command()
-@click.argument("instance")
+@click.command(
+    epilog=examples(
+        "stratocache halt vm1",
+        "stratocache halt vm1 --failed",
+    )
+)
+@click.argument("instance", type=INSTANCE)
 @click.option("--failed", is_flag=True, help="Keep its volatile disks for a while (quarantine).")
 @epoch_option
 @json_option
@@ -169,8 +184,12 @@ def halt(session: Session, instance: str, failed: bool, epoch: int | None) -> No
     session.show({"halted": instance}, f"Instance {instance} is halted.")
 
 
-@click.command()
-@click.argument("instance")
+@click.command(
+    epilog=examples(
+        "stratocache lease vm1 --lease 3600",
+    )
+)
+@click.argument("instance", type=INSTANCE)
 @lease_option
 @epoch_option
 @json_option

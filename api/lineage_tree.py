@@ -1,12 +1,12 @@
 """What was made of an image, as a tree for people."""
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
 
+from stratocache.api import terminal
 from stratocache.api.session import plain
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def show_lineage(document: "Document") -> None:
     omitted = document["disk_count"] + document["snapshot_count"] - len(lines)
     if omitted:
         lines.append((1, f"and {omitted} more disks and snapshots: --json, disk ls"))
-    if sys.stdout.isatty():
+    if terminal.is_terminal():
         _show_rich(document["id"], lines)
         return
     for depth, text in lines:
@@ -45,7 +45,6 @@ def _tag(item: "Document") -> str:
 
 
 def _show_rich(title: str, lines: list[tuple[int, str]]) -> None:
-    from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
@@ -53,4 +52,4 @@ def _show_rich(title: str, lines: list[tuple[int, str]]) -> None:
     for depth, text in lines:
         del path[depth:]
         path.append(path[-1].add(Text(text)))
-    Console().print(path[0])
+    terminal.console().print(path[0])

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option, plain
 from stratocache.cache import constraints, credentials, document, publication
 from stratocache.cache.configuration import Configuration
@@ -49,7 +50,12 @@ def _signing_options(command: Command) -> Command:
     return command
 
 
-@marketplace.command("build-metadata")
+@marketplace.command(
+    "build-metadata",
+    epilog=examples(
+        "stratocache marketplace build-metadata base.img --location https://example.org/images/base.img",
+    ),
+)
 @click.argument("image", type=_FILE)
 @click.option("--output", "-o", type=_OUTPUT, help="File to write.")
 @click.option("--location", multiple=True, help="URL of the image; may be repeated.")
@@ -59,29 +65,40 @@ def _signing_options(command: Command) -> Command:
     help="Compression at the locations; default: that of IMAGE's name.",
 )
 @click.option(
-    "--format", type=click.Choice(get_args(ImageFormat)), default="raw", show_default=True
+    "--format",
+    type=click.Choice(get_args(ImageFormat)),
+    default="raw",
+    show_default=True,
+    help="Of IMAGE, decompressed.",
 )
 @click.option("--type", default="base", show_default=True, help="What the image is, in a word.")
 @click.option(
-    "--kind", type=click.Choice(["machine", "disk"]), default="machine", show_default=True
+    "--kind",
+    type=click.Choice(["machine", "disk"]),
+    default="machine",
+    show_default=True,
+    help="Whether it boots.",
 )
 @click.option("--author", help="Who made the image.")
 @click.option("--email", help="The author's address, put beside the name.")
-@click.option("--publisher")
-@click.option("--os")
-@click.option("--os-version")
-@click.option("--os-arch")
-@click.option("--version", "--image-version", "version")
-@click.option("--title")
+@click.option("--publisher", help="Who vouches for it: an organisation.")
+@click.option("--os", help="Such as debian.")
+@click.option("--os-version", help="Such as 12.")
+@click.option("--os-arch", help="Such as x86_64.")
+@click.option("--version", "--image-version", "version", help="Of the image.")
+@click.option("--title", help="Of the image, in a line.")
 @click.option("--comment", help="Description of the image.")
 @click.option("--tag", help="A name that stays when versions change.")
-@click.option("--disks-bus", type=click.Choice(["ide", "scsi", "virtio"]))
-@click.option("--hypervisor", "hypervisors", multiple=True)
+@click.option(
+    "--disks-bus", type=click.Choice(["ide", "scsi", "virtio"]), help="That it boots from."
+)
+@click.option("--hypervisor", "hypervisors", multiple=True, help="That runs it; may be repeated.")
 @click.option(
     "--valid-days",
     type=click.IntRange(1, 36500),
     default=publication.DEFAULT_VALID_DAYS,
     show_default=True,
+    help="Until the metadata expires.",
 )
 @click.option("--md5", is_flag=True, help="Compute an MD5 too.")
 @click.option("--index", help="URL at which the chunk index of `marketplace index` will be served.")
@@ -143,7 +160,12 @@ def _index(
     return publication.endorsed_index(url, path, measurement, size_bytes=size_bytes)
 
 
-@marketplace.command("index")
+@marketplace.command(
+    "index",
+    epilog=examples(
+        "stratocache marketplace index base.img --output /srv/images",
+    ),
+)
 @click.argument("image", type=_FILE)
 @click.option("--output", "-o", type=_FOLDER, help="Folder to write to; default: that of IMAGE.")
 @click.option("--bootset", type=_FILE, help="What `image bootset export` wrote, to go beside it.")
@@ -178,7 +200,11 @@ def index_command(session: Session, image: Path, output: Path | None, bootset: P
     )
 
 
-@marketplace.command()
+@marketplace.command(
+    epilog=examples(
+        "stratocache marketplace sign base.xml --key me.key --certificate me.pem",
+    )
+)
 @click.argument("file", type=_FILE)
 @_signing_options
 @json_option
@@ -193,7 +219,11 @@ def sign(session: Session, /, file: Path, output: Path | None, **options: Any) -
     _show_endorsed(session, output or file, data)
 
 
-@marketplace.command()
+@marketplace.command(
+    epilog=examples(
+        "stratocache marketplace deprecate base.xml --reason 'hole in ssh' --key me.key --certificate me.pem",
+    )
+)
 @click.argument("file", type=_FILE)
 @click.option("--reason", required=True, help="Why; readers see it.")
 @_signing_options
@@ -211,7 +241,12 @@ def deprecate(
     _show_endorsed(session, output or file, data)
 
 
-@marketplace.command()
+@marketplace.command(
+    epilog=examples(
+        "stratocache marketplace validate base.xml",
+        "stratocache marketplace validate --allow-unsigned base.xml",
+    )
+)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=_FILE)
 @click.option(
     "--legacy-sha1",
@@ -254,7 +289,11 @@ def validate(
     return NotVerified.exit_status if faulty else 0
 
 
-@marketplace.command()
+@marketplace.command(
+    epilog=examples(
+        "stratocache marketplace show MMZu9WvwKIro-rtBQfDk4PsKO7_",
+    )
+)
 @click.argument("reference")
 @json_option
 @click.pass_obj
@@ -264,10 +303,17 @@ def show(session: Session, reference: str) -> None:
     session.show_fields(entry.model_dump(mode="json"))
 
 
-@marketplace.command()
+@marketplace.command(
+    epilog=examples(
+        "stratocache marketplace serve /srv/metadata --images /srv/images",
+    )
+)
 @click.argument("directory", type=_FOLDER)
-@click.option("--address", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
+@click.option("--address", default="127.0.0.1", show_default=True, help="To listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8081, show_default=True,
+    help="To listen on; 0 takes a free one.",
+)  # fmt: skip
 @click.option(
     "--images", type=_FOLDER,
     help="Folder of image files, served with byte ranges below /images; "

@@ -5,7 +5,10 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.completion import OPERATION
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option
+from stratocache.api.watch import watch_option
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -16,8 +19,17 @@ def operation() -> None:
     """List, show and cancel operations."""
 
 
-@operation.command()
-@click.option("--state", type=click.Choice(["pending", "running", "done", "failed", "cancelled"]))
+@operation.command(
+    epilog=examples(
+        "stratocache operation ls --state running",
+        "stratocache operation ls --watch",
+    )
+)
+@click.option(
+    "--state", type=click.Choice(["pending", "running", "done", "failed", "cancelled"]),
+    help="Only operations in this state.",
+)  # fmt: skip
+@watch_option
 @json_option
 @click.pass_obj
 def ls(session: Session, state: str | None) -> None:
@@ -45,8 +57,13 @@ def _progress(item: "Document") -> str | None:
     return progress_text(item["progress_bytes"], item["total_bytes"])
 
 
-@operation.command()
-@click.argument("operation_id", metavar="ID")
+@operation.command(
+    epilog=examples(
+        "stratocache operation show $ID",
+    )
+)
+@click.argument("operation_id", metavar="ID", type=OPERATION)
+@watch_option
 @json_option
 @click.pass_obj
 def show(session: Session, operation_id: str) -> None:
@@ -54,8 +71,12 @@ def show(session: Session, operation_id: str) -> None:
     session.show_fields(session.client.get(_path(operation_id)))
 
 
-@operation.command()
-@click.argument("operation_id", metavar="ID")
+@operation.command(
+    epilog=examples(
+        "stratocache operation cancel $ID",
+    )
+)
+@click.argument("operation_id", metavar="ID", type=OPERATION)
 @json_option
 @click.pass_obj
 def cancel(session: Session, operation_id: str) -> None:

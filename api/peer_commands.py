@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from stratocache.api.examples import examples
 from stratocache.api.peer_certificates import Pair, make_authority, make_host, serves_still
 from stratocache.api.serve_command import write_durably
 from stratocache.api.session import Session, json_option
@@ -21,7 +22,11 @@ def peers() -> None:
     """Hosts that give each other what they have of images."""
 
 
-@peers.command()
+@peers.command(
+    epilog=examples(
+        "stratocache peers init node1.example.org node2.example.org",
+    )
+)
 @click.argument("hosts", nargs=-1, required=True, metavar="HOST...")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("peers"), show_default=True,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stratocache.api import terminal
 from stratocache.api.sizes import format_size
 
 if TYPE_CHECKING:
@@ -115,13 +116,12 @@ def _blocks() -> bool:
 
 def _echo(name: str, plot: str, colour: str, words: str) -> None:
     head = f"{name + ':':<{_NAME_WIDTH}}"
-    if not sys.stdout.isatty():
+    if not terminal.is_terminal():
         click.echo(f"{head}{plot}  {words}")
         return
-    from rich.console import Console
     from rich.text import Text
 
     line = Text(head)
     line.append(plot, style=colour)
     line.append(f"  {words}")
-    Console().print(line, soft_wrap=True)
+    terminal.console().print(line, soft_wrap=True)

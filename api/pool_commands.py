@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.sizes import format_size
+from stratocache.api.watch import watch_option
 
 if TYPE_CHECKING:
     from stratocache.fs.pool import Pool
@@ -19,7 +21,11 @@ def pool() -> None:
     """Make, grow and show the pool that holds the state directory (root only)."""
 
 
-@pool.command()
+@pool.command(
+    epilog=examples(
+        "stratocache pool create --size 100G",
+    )
+)
 @click.option("--size", "size_bytes", type=SizeType(), required=True, help="Such as 100G.")
 @click.option(
     "--path", type=click.Path(path_type=Path), help="File to make [default: STATE_DIR.pool.xfs]."
@@ -44,7 +50,11 @@ def create(session: Session, size_bytes: int, path: Path | None, sparse: bool) -
     _show(session, made)
 
 
-@pool.command()
+@pool.command(
+    epilog=examples(
+        "stratocache pool grow --size 200G",
+    )
+)
 @click.option("--size", "size_bytes", type=SizeType(), required=True, help="The new size.")
 @json_option
 @click.pass_obj
@@ -56,7 +66,12 @@ def grow(session: Session, size_bytes: int) -> None:
     _show(session, found)
 
 
-@pool.command()
+@pool.command(
+    epilog=examples(
+        "stratocache pool status",
+    )
+)
+@watch_option
 @json_option
 @click.pass_obj
 def status(session: Session) -> None:

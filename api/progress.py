@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stratocache.api import terminal
 from stratocache.api.client import Report
 from stratocache.api.sizes import format_size
 
@@ -16,7 +17,7 @@ def shown(title: str, *, quiet: bool = False) -> Iterator[Report]:
     """Show progress while the block runs; what is yielded is told of bytes done and in all."""
     if quiet:
         yield lambda _done_bytes, _total_bytes: None
-    elif sys.stderr.isatty():
+    elif terminal.is_terminal(errors=True):
         with _bar(title) as report:
             yield report
     else:
@@ -26,7 +27,6 @@ def shown(title: str, *, quiet: bool = False) -> Iterator[Report]:
 @contextmanager
 def _bar(title: str) -> Iterator[Report]:
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
@@ -35,7 +35,9 @@ def _bar(title: str) -> Iterator[Report]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    with progress.Progress(
+        *columns, console=terminal.console(errors=True), transient=True
+    ) as display:
         task = display.add_task(title, total=None)
 
         def report(done_bytes: int, total_bytes: int | None) -> None:

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import click
 
+from stratocache.api.examples import examples
 from stratocache.api.session import Session
 from stratocache.cache.errors import InvalidInput
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "stratocache serve",
+        "stratocache serve --set iscsi.port=3261",
+    )
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
     help="Override a configuration key, such as iscsi.port=3261; may be repeated.",
@@ -23,6 +29,7 @@ def serve(session: Session, settings: tuple[str, ...]) -> None:
         if not (key and equals):
             raise click.UsageError(f"--set takes KEY=VALUE, not {setting[:80]!r}.")
         session.flags[key] = value
+    session.ignores_default = True
     configuration = session.configuration.model_copy(
         update={
             "state_dir": session.configuration.state_dir.absolute(),

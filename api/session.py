@@ -1,8 +1,7 @@
-"""What every command knows: where the daemon is, and how its answers are to be written."""
+"""What every command knows: which daemon it asks, and how the answers are to be written."""
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,8 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from stratocache.api import terminal
+
 if TYPE_CHECKING:
     from stratocache.api.client import Client, Document
+    from stratocache.api.remotes import Remote
     from stratocache.cache.configuration import Configuration
     from stratocache.cache.errors import StratocacheError
 
@@ -27,23 +29,74 @@ class Session:
 
     config_path: Path | None = None
     socket_path: Path | None = None
+    remote_name: str | None = None
+    url: str | None = None
     as_json: bool = False
+    ignores_default: bool = False
+    """Whether the default of the user's remotes does not count, as for a service."""
     flags: dict[str, Any] = field(default_factory=dict)
     """Configuration keys given as flags."""
 
+    def choose(
+        self,
+        config_path: Path | None = None,
+        state_dir: Path | None = None,
+        run_dir: Path | None = None,
+        socket_path: Path | None = None,
+        remote: str | None = None,
+        url: str | None = None,
+    ) -> None:
+        """Take the global options."""
+        self.config_path = config_path
+        self.socket_path = socket_path
+        self.flags = {"state_dir": state_dir, "run_dir": run_dir}
+        self.remote_name, self.url = remote, url
+
+    @cached_property
+    def remote(self) -> "Remote | None":
+        """The daemon of another host that is asked, None for this host's; raises `InvalidInput`,
+        `NotFound`."""
+        here = (self.socket_path, self.config_path, *self.flags.values())
+        if self.remote_name is None and self.url is None and any(here):
+            return None
+        from stratocache.api import remotes
+
+        found = remotes.chosen(self.remote_name, self.url, by_default=not self.ignores_default)
+        if found is not None and found.name and remotes.too_open():
+            path = remotes.file_path()
+            self.warn("remotes-file-open", f"Others may read {path}; `chmod 600 {path}`.")
+        return found
+
     @cached_property
     def configuration(self) -> "Configuration":
-        """The configuration with the flags applied; raises `InvalidInput`."""
+        """The configuration of this host with the flags applied; raises `InvalidInput`, also
+        (`local-only`) when another host was asked for."""
         from stratocache.cache import configuration
 
+        self.require_local()
         return configuration.load(self.config_path, flags=self.flags)
+
+    def require_local(self) -> None:
+        """Raise `InvalidInput` (`local-only`) when another host was asked for."""
+        if self.remote is not None:
+            from stratocache.cache.errors import InvalidInput
+
+            raise InvalidInput(
+                "local-only",
+                f"This works on the host itself only, not through {self.remote.shown}: run it "
+                "there, or here with --remote local.",
+            )
 
     @cached_property
     def client(self) -> "Client":
-        """The daemon's client."""
+        """The client of the daemon that is asked."""
         from stratocache.api.client import Client
 
-        return Client(self.socket_path or self.configuration.api_socket)
+        if self.remote is None:
+            return Client(self.socket_path or self.configuration.api_socket)
+        from stratocache.api.remote_endpoint import RemoteEndpoint
+
+        return Client(RemoteEndpoint(self.remote))
 
     def follow(self, operation: "Document", title: str) -> "Document":
         """Wait for an operation with its progress shown; raises the error it failed with."""
@@ -82,12 +135,19 @@ class Session:
             click.echo(json.dumps({name: list(items)}, indent=2))
             return
         rows = [[plain(cell(item)) for cell in columns.values()] for item in items]
-        if sys.stdout.isatty():
+        if terminal.is_terminal():
             _show_rich(list(columns), rows)
             return
         click.echo("\t".join(columns))
         for row in rows:
             click.echo("\t".join(row))
+
+    def warn(self, code: str, message: str) -> None:
+        """Write a warning to standard error, as one line or one JSON object."""
+        if self.as_json:
+            click.echo(json.dumps({"warning": message, "code": code}), err=True)
+        else:
+            click.echo(f"warning: {plain(message)} [{code}]", err=True)
 
     def show_error(self, error: "StratocacheError") -> None:
         """Write an error to standard error, as one line or one JSON object."""
@@ -102,7 +162,6 @@ class Session:
 
 def _show_rich(columns: list[str], rows: list[list[str]]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -111,7 +170,7 @@ def _show_rich(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    terminal.console().print(table)
 
 
 def plain(value: Any) -> str:

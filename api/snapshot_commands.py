@@ -8,15 +8,22 @@ from urllib.parse import quote
 
 import click
 
+from stratocache.api.completion import DISK, SNAPSHOT
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.sizes import format_size
+from stratocache.api.watch import watch_option
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk snapshot $UUID --tag before",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.option("--tag", default="", help="Free text, at most 40 characters.")
 @json_option
 @click.pass_obj
@@ -29,9 +36,14 @@ def snapshot(session: Session, uuid: str, tag: str) -> None:
     session.show(document, document["id"])
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk snapshots $UUID",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.option("--tag", help="Only snapshots with this tag.")
+@watch_option
 @json_option
 @click.pass_obj
 def snapshots(session: Session, uuid: str, tag: str | None) -> None:
@@ -50,9 +62,14 @@ def snapshots(session: Session, uuid: str, tag: str | None) -> None:
     )
 
 
-@click.command(name="snapshot-rm")
-@click.argument("uuid")
-@click.argument("snapshot_id", metavar="SNAPSHOT")
+@click.command(
+    name="snapshot-rm",
+    epilog=examples(
+        "stratocache disk snapshot-rm $UUID $SNAPSHOT",
+    ),
+)
+@click.argument("uuid", type=DISK)
+@click.argument("snapshot_id", metavar="SNAPSHOT", type=SNAPSHOT)
 @json_option
 @click.pass_obj
 def snapshot_rm(session: Session, uuid: str, snapshot_id: str) -> None:
@@ -61,9 +78,13 @@ def snapshot_rm(session: Session, uuid: str, snapshot_id: str) -> None:
     session.show({"deleted": snapshot_id}, f"Snapshot {snapshot_id} is deleted.")
 
 
-@click.command()
-@click.argument("uuid")
-@click.argument("snapshot_id", metavar="SNAPSHOT")
+@click.command(
+    epilog=examples(
+        "stratocache disk rollback $UUID $SNAPSHOT",
+    )
+)
+@click.argument("uuid", type=DISK)
+@click.argument("snapshot_id", metavar="SNAPSHOT", type=SNAPSHOT)
 @json_option
 @click.pass_obj
 def rollback(session: Session, uuid: str, snapshot_id: str) -> None:
@@ -77,8 +98,12 @@ def rollback(session: Session, uuid: str, snapshot_id: str) -> None:
     )
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk resize $UUID 40G",
+    )
+)
+@click.argument("uuid", type=DISK)
 @click.argument("size_bytes", metavar="SIZE", type=SizeType())
 @json_option
 @click.pass_obj
@@ -96,8 +121,12 @@ def resize(session: Session, uuid: str, size_bytes: int) -> None:
     session.show(document, f"Disk {uuid} has {document['size_bytes']} bytes.")
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk hydrate $UUID",
+    )
+)
+@click.argument("uuid", type=DISK)
 @json_option
 @click.pass_obj
 def hydrate(session: Session, uuid: str) -> None:
@@ -107,8 +136,12 @@ def hydrate(session: Session, uuid: str) -> None:
     session.show(session.client.get(_path(uuid)), f"Disk {uuid} is complete.")
 
 
-@click.command()
-@click.argument("uuid")
+@click.command(
+    epilog=examples(
+        "stratocache disk restore $UUID",
+    )
+)
+@click.argument("uuid", type=DISK)
 @json_option
 @click.pass_obj
 def restore(session: Session, uuid: str) -> None:
@@ -117,21 +150,34 @@ def restore(session: Session, uuid: str) -> None:
     session.show(document, f"Disk {uuid} is restored.")
 
 
-@click.command()
-@click.argument("uuid")
-@click.option("--snapshot", help="Save this snapshot instead of the disk as it is now.")
+@click.command(
+    epilog=examples(
+        "stratocache disk save $UUID --output new.xml --title 'Our system'",
+    )
+)
+@click.argument("uuid", type=DISK)
+@click.option(
+    "--snapshot",
+    type=SNAPSHOT,
+    metavar="ID",
+    help="Save this snapshot instead of the disk as it is now.",
+)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write the unsigned metadata to FILE, for `marketplace sign`.")  # fmt: skip
-@click.option("--title")
-@click.option("--comment")
+@click.option("--title", help="Of the image, in a line.")
+@click.option("--comment", help="Description of the image.")
 @click.option("--os", "os", help="Such as debian.")
-@click.option("--os-version")
+@click.option("--os-version", help="Such as 12.")
 @click.option("--os-arch", help="Such as x86_64.")
 @click.option("--version", help="Of the image.")
-@click.option("--author")
-@click.option("--publisher")
+@click.option("--author", help="Who made the image.")
+@click.option("--publisher", help="Who vouches for it: an organisation.")
 @click.option(
-    "--kind", type=click.Choice(["machine", "disk"]), default="machine", show_default=True
+    "--kind",
+    type=click.Choice(["machine", "disk"]),
+    default="machine",
+    show_default=True,
+    help="Whether it boots.",
 )
 @click.option("--valid-days", type=click.IntRange(1, 3660), help="Until the metadata expires.")
 @json_option

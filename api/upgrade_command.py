@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from stratocache.api.examples import examples
 from stratocache.api.session import Session, json_option, plain
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import (
@@ -27,7 +28,12 @@ _POLL_INTERVAL_S = 0.05
 _REPORT_BYTES_MAX = 16 * 1024
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "stratocache upgrade",
+        "stratocache upgrade --tgtd",
+    )
+)
 @click.option(
     "--tgtd", is_flag=True, help="Start tgtd again too; initiators log in again by themselves."
 )
@@ -42,6 +48,7 @@ def upgrade(session: Session, tgtd: bool, timeout_s: float) -> None:
 
     Nothing is touched unless this version can read the state. Run it again whenever in doubt.
     """
+    session.ignores_default = True
     directory = RunDirectory(session.configuration.run_dir.absolute())
     status = running_status(session.configuration)
     request = UpgradeRequest.to_this_code(tgtd=tgtd)

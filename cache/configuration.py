@@ -20,6 +20,10 @@ from stratocache.cache.structured_log import LogFormat
 DEFAULT_PATH = Path("/etc/stratocache/stratocache.toml")
 _PREFIX = "STRATOCACHE_"
 _CONFIG_VARIABLE = "STRATOCACHE_CONFIG"
+_OTHER_VARIABLES = frozenset(
+    {_CONFIG_VARIABLE, "STRATOCACHE_REMOTE", "STRATOCACHE_TOKEN", "STRATOCACHE_URL"}
+)
+"""What the command line alone reads."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -259,7 +263,7 @@ def load(
     )
     tree = _read_file(chosen or DEFAULT_PATH, required=chosen is not None)
     for name, text in environment.items():
-        if name.startswith(_PREFIX) and name != _CONFIG_VARIABLE:
+        if name.startswith(_PREFIX) and name not in _OTHER_VARIABLES:
             _put(tree, name.removeprefix(_PREFIX).lower().split("__"), text, name)
     for key, value in (flags or {}).items():
         if value is not None:
