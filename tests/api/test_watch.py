@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.api_daemon import Api, end_badly, insert_disk, serving
+from support.api_daemon import ROOT, Api, end_badly, insert_disk, serving
 from support.terminal import Terminal, on_terminal
 
 from stratocache.cache.configuration import Configuration
 from stratocache.fs import intents
-from stratocache.fs.records import Caller
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -196,7 +195,7 @@ def test_daemon_is_waited_for(configuration: Configuration, api: Api) -> None:
 
 def test_operations_are_watched_to_their_end(configuration: Configuration, api: Api) -> None:
     """`operation ls --watch` shows how far work is."""
-    operation = intents.request_fetch(api.db, Caller("root", True), "held")
+    operation = intents.request_fetch(api.db, ROOT, "held")
     progress = "UPDATE operations SET state = 'running', progress_bytes = ?, total_bytes = 2097152"
     with serving(configuration), piping(configuration, "operation", "ls") as process:
         assert line_of(process).startswith("ID\t")
