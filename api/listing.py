@@ -41,11 +41,14 @@ class Listing:
         """Everything that `sort` may be."""
         return tuple(sign + order for order in self.orders for sign in ("", "-"))
 
-    def page(self, request: falcon.Request) -> Page:
-        """Return the page that a request wants; raises `InvalidInput` (`parameter-unknown`,
+    def page(
+        self, request: falcon.Request, *, sort: str | None = None, others: tuple[str, ...] = ()
+    ) -> Page:
+        """Return the page that a request wants, in the order `sort` unless it says another; others'
+        parameters may be there too. Raises `InvalidInput` (`parameter-unknown`,
         `parameter-invalid`)."""
-        query.require_known(request, *self.parameters)
-        sort = query.choice(request, "sort", *self.sorts) or self.orders[0]
+        query.require_known(request, *self.parameters, *others)
+        sort = query.choice(request, "sort", *self.sorts) or sort or self.orders[0]
         order = sort.removeprefix("-")
         return Page(
             limit=query.page_length(request),

@@ -135,7 +135,9 @@ _CONTENT = {
     206: {RAW_TYPE: _BYTES, QCOW2_TYPE: _BYTES},
 }
 _CONTENT_HEADERS = {"Range": _TEXT, "If-Range": _TEXT}
-_SNAPSHOT_OF = {"snapshot": _TEXT}
+_CONTENT_OF = {
+    "snapshot": _TEXT, "format": {"type": "string", "enum": ["raw", "qcow2"]}
+}  # fmt: skip
 
 ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "/healthz"): Route("Whether this process answers.", {200: _json(_STATUS)}),
@@ -221,11 +223,11 @@ ROUTES: dict[tuple[str, str], Route] = {
         parameters={**_WAIT, "snapshots": {"type": "string", "enum": ["delete"]}}, headers=_MATCH,
     ),
     ("GET", _DISK + "/content"): Route(
-        "All bytes of a disk or a snapshot.", _CONTENT, parameters=_SNAPSHOT_OF,
+        "All bytes of a disk or a snapshot.", _CONTENT, parameters=_CONTENT_OF,
         headers=_CONTENT_HEADERS,
     ),
     ("HEAD", _DISK + "/content"): Route(
-        "How many bytes that are.", _CONTENT, parameters=_SNAPSHOT_OF, headers=_CONTENT_HEADERS
+        "How many bytes that are.", _CONTENT, parameters=_CONTENT_OF, headers=_CONTENT_HEADERS
     ),
     ("PUT", _DISK + "/content"): Route(
         "Upload a disk's new content, or the next part of it.", {200: _json(UploadView)},

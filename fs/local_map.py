@@ -1,5 +1,6 @@
 """Which parts of an image are here, for people to look at."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from stratocache.cache import seals
@@ -24,10 +25,7 @@ def local_map(state_dir: Path, image: Image, cells: int) -> list[float]:
     except (FileNotFoundError, NotVerified):
         return [0.0] * cells
     found = []
-    for cell in range(cells):
-        first = cell * manifest.chunk_count // cells
-        last = max(first + 1, (cell + 1) * manifest.chunk_count // cells)
-        indexes = range(first, min(last, manifest.chunk_count))
+    for indexes in cell_chunks(manifest.chunk_count, cells):
         here = sum(
             manifest.is_zero(index)
             or is_there(state_dir, manifest.digest(index), manifest.chunk_bytes(index))
@@ -35,3 +33,11 @@ def local_map(state_dir: Path, image: Image, cells: int) -> list[float]:
         )
         found.append(round(here / len(indexes), 3) if indexes else 1.0)
     return found
+
+
+def cell_chunks(chunk_count: int, cells: int) -> Iterator[range]:
+    """Yield the indexes of the chunks of each of so many equal parts of an image."""
+    for cell in range(cells):
+        first = cell * chunk_count // cells
+        last = max(first + 1, (cell + 1) * chunk_count // cells)
+        yield range(first, min(last, chunk_count))

@@ -209,6 +209,11 @@ def _shares_extents(state_dir: Path) -> bool:
     return reflink.supported(state_dir, state_dir)
 
 
+def taken_bytes(configuration: Configuration, disk: Disk) -> int:
+    """Return what the files of a disk and of its snapshots take."""
+    return _taken(configuration.state_dir, disk, {})[1]
+
+
 def _taken(state_dir: Path, disk: Disk, bases: dict[str | None, int]) -> tuple[int, int]:
     """Return the bytes that are a disk's own, and those that its files take."""
     directory = state_dir / "disks" / disk.uuid

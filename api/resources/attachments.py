@@ -1,5 +1,7 @@
 """`/v1/disks/{uuid}/attachments`: disks exported over iSCSI to instances."""
 
+from collections.abc import Sequence
+
 import falcon
 
 from stratocache.api import answers, query
@@ -201,19 +203,21 @@ def _show_list(
         disk_uuid=disk_uuid or wanted.pop("disk", None), image_id=wanted.pop("image", None), **wanted,
     )  # fmt: skip
     chosen, after = listing.cut(found, page)
-    places = inventory.places(service.db, chosen)
-    views = [
-        _view_at(service, caller, attachment, places.get(attachment.id, 0)) for attachment in chosen
-    ]
-    answers.show_page(response, "attachments", views, after)
+    answers.show_page(response, "attachments", attachment_views(service, caller, chosen), after)
 
 
 def _view(service: Service, caller: Caller, attachment: Attachment) -> AttachmentView:
-    place = inventory.places(service.db, [attachment]).get(attachment.id, 0)
-    return _view_at(service, caller, attachment, place)
+    return attachment_views(service, caller, [attachment])[0]
 
 
-def _view_at(
-    service: Service, caller: Caller, attachment: Attachment, place: int
-) -> AttachmentView:
-    return AttachmentView.of(service.configuration, service.db.secrets, caller, attachment, place)
+def attachment_views(
+    service: Service, caller: Caller, attachments: Sequence[Attachment]
+) -> list[AttachmentView]:
+    """Return how a caller sees attachments: who may not log in is not told the secret."""
+    places = inventory.places(service.db, attachments)
+    return [
+        AttachmentView.of(
+            service.configuration, service.db.secrets, caller, item, places.get(item.id, 0)
+        )
+        for item in attachments
+    ]

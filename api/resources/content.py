@@ -1,7 +1,8 @@
 """`/v1/disks/{uuid}/content`: all bytes of a disk, out and in.
 
 Download: GET or HEAD, as `application/octet-stream` (the disk's bytes, `Range` and `If-Range`
-understood) or, when `Accept` prefers it, `application/x-qcow2`. The entity tag is strong. With
+understood) or, when `Accept` prefers it or `?format=qcow2` says so, which a link of a page can,
+`application/x-qcow2`. The entity tag is strong. With
 `?snapshot=ID` it is the disk's snapshot that is sent, which a disk in use does not hinder.
 
 Upload: PUT the whole, or parts one after another with `Content-Range: bytes FIRST-LAST/TOTAL`. What
@@ -17,7 +18,7 @@ parts of another source are refused.
 import base64
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Self
+from typing import Self, cast
 
 import falcon
 
@@ -102,8 +103,9 @@ class DiskContent:
     def _describe(
         self, request: falcon.Request, response: falcon.Response, uuid: str, *, send: bool
     ) -> None:
-        query.require_known(request, "snapshot")
-        wanted = wanted_format(request)
+        query.require_known(request, "snapshot", "format")
+        chosen = query.choice(request, "format", *MEDIA_TYPES)
+        wanted: ContentFormat = cast(ContentFormat, chosen) if chosen else wanted_format(request)
         with ExitStack() as held:
             held.enter_context(self._service.transfer())
             source, etag = self._open(request, uuid, held)

@@ -146,7 +146,7 @@ class DiskRestoration:
         """Take a disk out of quarantine for good: 200 and the disk."""
         query.require_known(request)
         disk = disk_intents.restore_disk(self._service.db, answers.caller(request), uuid)
-        answers.show(response, _details(self._service.db, disk))
+        answers.show(response, disk_details(self._service.db, disk))
 
 
 def _create(db: Database, caller: Caller, disk: DiskRequest, wanted: DiskCreation) -> Operation:
@@ -161,10 +161,11 @@ def _create(db: Database, caller: Caller, disk: DiskRequest, wanted: DiskCreatio
 
 
 def _view(service: Service, caller: Caller, uuid: str) -> DiskDetails:
-    return _details(service.db, inventory.disk(service.db, caller, uuid))
+    return disk_details(service.db, inventory.disk(service.db, caller, uuid))
 
 
-def _details(db: Database, disk: Disk) -> DiskDetails:
+def disk_details(db: Database, disk: Disk) -> DiskDetails:
+    """Return a disk, and what fetching cost it."""
     attachments = inventory.attachments(db, disk_uuid=disk.uuid)
     account = fetch_account.of_disk(db, disk)
     return DiskDetails.with_account(

@@ -54,7 +54,7 @@ class ImageCollection:
             raise Internal("internal", f"Operation {operation.id} names no image.")
         image = inventory.image(self._service.db, operation.result["image"])
         address = f"/v1/images/{image.id}"
-        view = _details(self._service, answers.caller(request), image)
+        view = image_details(self._service, answers.caller(request), image)
         answers.show(response, view, created_at=address)
 
 
@@ -70,7 +70,7 @@ class ImageItem:
         query.require_known(request, "map")
         cells = query.whole_number(request, "map", local_map.CELLS_MAX)
         image = inventory.image(self._service.db, image_id)
-        answers.show(response, _details(self._service, answers.caller(request), image, cells))
+        answers.show(response, image_details(self._service, answers.caller(request), image, cells))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Delete an image that nothing uses: 204, or 202 when that takes longer than `?wait=`."""
@@ -140,7 +140,7 @@ class ImagePin:
         answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
         caller = answers.caller(request)
         image = intents.set_pin(db, caller, image_id, pinned)
-        answers.show(response, _details(self._service, caller, image))
+        answers.show(response, image_details(self._service, caller, image))
 
 
 class ImageVerification:
@@ -164,9 +164,10 @@ class ImageVerification:
             answers.accept(response, operation)
 
 
-def _details(
+def image_details(
     service: Service, caller: Caller, image: Image, cells: int | None = None
 ) -> ImageDetails:
+    """Return what a caller may know of an image; with `cells` which of so many parts are here."""
     db, state_dir = service.db, service.configuration.state_dir
     account = fetch_account.of_image(db, image)
     held = inventory.attachments(db, image_id=image.id) if caller.operator else []

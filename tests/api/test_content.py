@@ -206,6 +206,17 @@ def test_format_follows_accept(
     assert client.head(url(uuid), headers={"Accept": accepted}).headers["content-type"] == sent
 
 
+def test_format_of_a_link(client: httpx.Client, contents: Contents) -> None:
+    """What a link asks for wins over what the browser accepts; other formats are refused."""
+    uuid = contents.add(MIB, b"x" * MIB)
+
+    for name, sent in (("raw", RAW), ("qcow2", QCOW2)):
+        got = client.head(url(uuid), params={"format": name}, headers={"Accept": "text/html, */*"})
+        assert got.headers["content-type"] == sent
+    refused = client.get(url(uuid), params={"format": "vmdk"})
+    assert (refused.status_code, refused.json()["field"]) == (400, "format")
+
+
 def test_format_nobody_has_is_refused(client: httpx.Client, contents: Contents) -> None:
     """A format other than raw and qcow2 is 406."""
     uuid = contents.add(MIB)
