@@ -8,6 +8,8 @@ import falcon
 from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.openapi import OpenApi
+from stratocache.api.pages.errors import ErrorPages
+from stratocache.api.pages.routes import add_pages
 from stratocache.api.problem import add_handlers
 from stratocache.api.rate_limit import RateLimit
 from stratocache.api.request_counts import RequestCounts
@@ -45,6 +47,7 @@ from stratocache.api.resources.snapshots import (
     SnapshotItem,
     SnapshotRollback,
 )
+from stratocache.api.security_headers import SecurityHeaders
 from stratocache.api.service import Service
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.run_directory import RunDirectory
@@ -68,6 +71,7 @@ def create_app(
     service = Service(configuration, db, is_ending)
     requests = requests or RequestCounts(RunDirectory(configuration.run_dir).counts)
     app = falcon.App()
+    app.add_middleware(SecurityHeaders())
     app.add_middleware(RequestLog())
     app.add_middleware(requests)
     app.add_middleware(RateLimit(configuration.api.requests_per_s))
@@ -79,6 +83,7 @@ def create_app(
     _add_images(app, service)
     _add_disks(app, service)
     _add_attachments(app, service)
+    app.add_middleware(ErrorPages(add_pages(app, service)))
     require_rules(app)
     return app
 

@@ -130,7 +130,28 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/operations"): _READ,
     ("GET", _OPERATION): Rule("read", object="operation"),
     ("DELETE", _OPERATION): Rule(None, object="operation-end", action="operation.cancel"),
+    # pages
+    ("GET", "/static/{name}"): _OPEN,
+    ("GET", "/"): _READ,
+    ("GET", "/images"): _READ,
+    ("GET", "/images/{image_id}"): _READ,
+    ("GET", "/disks"): _READ,
+    ("GET", "/disks/{uuid}"): Rule("read", object="disk-see"),
+    ("GET", "/attachments"): _READ,
+    ("GET", "/operations"): _READ,
+    ("GET", "/operations/{operation_id}"): Rule("read", object="operation"),
+    ("GET", "/events"): _READ,
+    ("GET", "/cache"): _READ,
 }  # fmt: skip
+
+
+def allows(caller: Caller | None, method: str, template: str) -> bool:
+    """Tell whether somebody, None is a stranger, may use a route at all, whatever it is used on."""
+    rule = RULES[(method, template)]
+    if caller is None or rule.open:
+        return rule.open
+    in_scope = rule.scope is None or rule.scope in caller.scopes
+    return in_scope and ROLES.index(caller.role) >= ROLES.index(rule.role)
 
 
 def rule_of(method: str, template: str | None) -> Rule | None:
