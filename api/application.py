@@ -7,6 +7,8 @@ import falcon
 
 from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
+from stratocache.api.conditional import Conditional
+from stratocache.api.idempotency import Idempotency
 from stratocache.api.openapi import OpenApi
 from stratocache.api.pages.errors import ErrorPages
 from stratocache.api.pages.routes import add_pages
@@ -77,6 +79,8 @@ def create_app(
     app.add_middleware(RateLimit(configuration.api.requests_per_s))
     app.add_middleware(Authentication(configuration.api, db))
     app.add_middleware(Authorisation(db))
+    app.add_middleware(Conditional())
+    app.add_middleware(Idempotency(app, db))
     app.req_options.strip_url_path_trailing_slash = True
     add_handlers(app)
     _add_service(app, service, requests)

@@ -93,6 +93,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("HEAD", _DISK + "/content"): Rule("read", object="disk-read"),
     ("PUT", _DISK + "/content"): Rule("disks", object="disk-write", action="disk.upload"),
     ("GET", _DISK + "/content/upload"): Rule("read", object="disk-write"),
+    ("HEAD", _DISK + "/content/upload"): Rule("read", object="disk-write"),
     ("DELETE", _DISK + "/content/upload"): Rule(
         "disks", object="disk-write", action="disk.upload-abandon"
     ),

@@ -156,6 +156,20 @@ class ScrubRequest(RequestModel):
 Model = TypeVar("Model", bound=RequestModel)
 
 
+def body_of(request: falcon.Request) -> bytes:
+    """Return the bytes of a body, read once; raises `HttpProblem` 413 (`body-too-large`)."""
+    known: bytes | None = getattr(request.context, "body", None)
+    if known is not None:
+        return known
+    terminated = request.env.get("wsgi.input_terminated", False)  # then chunked bodies end too
+    stream = request.stream if terminated else request.bounded_stream
+    body: bytes = stream.read(BODY_BYTES_MAX + 1)
+    if len(body) > BODY_BYTES_MAX:
+        raise HttpProblem(413, "body-too-large", f"A body may have {BODY_BYTES_MAX} bytes at most.")
+    request.context.body = body
+    return body
+
+
 def read_body(request: falcon.Request, model: type[Model]) -> Model:
     """Return the body as `model`.
 
@@ -165,13 +179,8 @@ def read_body(request: falcon.Request, model: type[Model]) -> Model:
     media_type = (request.content_type or "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HttpProblem(415, "body-not-json", "Send JSON with Content-Type: application/json.")
-    terminated = request.env.get("wsgi.input_terminated", False)  # then chunked bodies end too
-    stream = request.stream if terminated else request.bounded_stream
-    body = stream.read(BODY_BYTES_MAX + 1)
-    if len(body) > BODY_BYTES_MAX:
-        raise HttpProblem(413, "body-too-large", f"A body may have {BODY_BYTES_MAX} bytes at most.")
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body_of(request))
     except ValidationError as error:
         raise _explain(error) from None
 

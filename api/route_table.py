@@ -6,7 +6,7 @@ Errors are not listed: every route may answer with a problem document.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from stratocache.api import models, query, representations
 from stratocache.api.listing import Listing
@@ -44,6 +44,11 @@ Content: TypeAlias = type[Representation] | PageOf | Schema
 """What a body is: a model, a page of a list, or a JSON Schema."""
 
 
+Replay: TypeAlias = Literal["stored", "rebuilt", "never"]
+"""How a POST with a key that was sent before is answered: as it was then, by what is at its address
+now (it has a secret), or not at all (the secret is shown once)."""
+
+
 @dataclass(frozen=True)
 class Route:
     """One method of one route."""
@@ -55,6 +60,7 @@ class Route:
     parameters: Mapping[str, Schema] = field(default_factory=dict)
     """Of the query."""
     headers: Mapping[str, Schema] = field(default_factory=dict)
+    replay: Replay = "stored"
 
 
 _TEXT: Schema = {"type": "string"}
@@ -237,6 +243,7 @@ ROUTES: dict[tuple[str, str], Route] = {
         },
     ),
     ("GET", _DISK + "/content/upload"): Route("How far an upload is.", {200: _json(UploadView)}),
+    ("HEAD", _DISK + "/content/upload"): Route("How far an upload is.", {200: _json(UploadView)}),
     ("DELETE", _DISK + "/content/upload"): Route("Give an upload up.", {204: _NOTHING}),
     ("POST", _DISK + "/hydrate"): Route(
         "Let an overlay become complete.", _ACCEPTED, parameters=_WAIT
@@ -265,7 +272,8 @@ ROUTES: dict[tuple[str, str], Route] = {
         "Attachments of a disk.", "attachments", representations.AttachmentView, OF_DISK
     ),
     ("POST", _DISK + "/attachments"): Route(
-        "Attach a disk.", _ATTACHMENT_MADE, _body(models.AttachmentCreation), _WAIT
+        "Attach a disk.", _ATTACHMENT_MADE, _body(models.AttachmentCreation), _WAIT,
+        replay="rebuilt",
     ),
     ("GET", _ATTACHMENT): Route("One attachment.", _ATTACHMENT_SHOWN),
     ("DELETE", _ATTACHMENT): Route(
@@ -273,11 +281,11 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     ("POST", _ATTACHMENT + "/migrate"): Route(
         "Attach a disk a second time, to who takes over.", _ATTACHMENT_MADE,
-        _body(models.MigrationCreation), {**_WAIT, **_EPOCH},
+        _body(models.MigrationCreation), {**_WAIT, **_EPOCH}, replay="rebuilt",
     ),
     ("POST", _ATTACHMENT + "/complete"): Route(
         "Cut the first attachment off.", {**_ATTACHMENT_SHOWN, **_ACCEPTED},
-        parameters={**_WAIT, **_EPOCH},
+        parameters={**_WAIT, **_EPOCH}, replay="rebuilt",
     ),
     ("PUT", _ATTACHMENT + "/lease"): Route(
         "Renew a lease.", _ATTACHMENT_SHOWN, _body(models.LeaseRenewal), _EPOCH, _MATCH
@@ -288,6 +296,7 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("POST", "/v1/launches"): Route(
         "Launch: everything that booting an instance needs.",
         {201: _json(representations.LaunchView), **_ACCEPTED}, _body(models.LaunchCreation), _WAIT,
+        replay="rebuilt",
     ),
     ("GET", _LAUNCH): Route("One launch.", _LAUNCH_SHOWN),
     ("DELETE", _LAUNCH): Route(

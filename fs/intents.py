@@ -16,7 +16,7 @@ from typing import Any
 
 from stratocache.cache.errors import Conflict, NotFound, Refused
 from stratocache.cache.structured_log import ON_BEHALF
-from stratocache.fs import content_hold, inventory, records, rights
+from stratocache.fs import content_hold, idempotency, inventory, records, rights
 from stratocache.fs.records import (
     Access,
     Attachment,
@@ -488,6 +488,7 @@ def add_operation(
             ON_BEHALF.get().request_id or None,
         ),
     )
+    idempotency.note_operation(connection, operation_id)
     record_event(
         connection, f"{kind}.requested", subject, f"{caller.name} asked for {kind}.",
         asker=caller.name,

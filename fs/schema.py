@@ -480,4 +480,24 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX events_by_owner ON events (owner, number);
     CREATE INDEX operations_by_time ON operations (created_at, id);
     """,
+    """
+    CREATE TABLE idempotency_keys (         -- of requests of the last day: fs.idempotency
+        caller       TEXT NOT NULL,         -- who sent it; keys of several callers are different ones
+        key          TEXT NOT NULL,
+        method       TEXT NOT NULL,
+        path         TEXT NOT NULL,         -- with the query
+        body_sha256  TEXT NOT NULL,
+        state        TEXT NOT NULL CHECK (state IN ('running', 'done')),
+        worker       TEXT NOT NULL,         -- process that took it: boot id, start time, process id
+        operation_id TEXT,                  -- recorded in the transaction that made it; NULL = none yet
+        status       INTEGER,               -- of the answer, as the columns below; NULL until done
+        content_type TEXT,
+        location     TEXT,
+        etag         TEXT,
+        body         BLOB,                  -- NULL = not stored, as it has a secret
+        created_at   TEXT NOT NULL,
+        PRIMARY KEY (caller, key)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
+    """,
 )

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -96,6 +96,9 @@ class Database:
         self._local.connection = connection
         try:
             connection.execute("SAVEPOINT block")
+            check = self._local.__dict__.pop("check", None)
+            if check is not None:
+                check()
             yield connection
         except BaseException as error:
             self._undo_block(connection, group, error)
@@ -109,6 +112,18 @@ class Database:
         group.ended.wait()
         if group.error is not None:
             raise group.error
+
+    @contextmanager
+    def expecting(self, check: Callable[[], None]) -> Iterator[None]:
+        """Run a block whose first transaction, in this thread, begins with a check that may raise.
+
+        What the check reads does not change until that transaction's end.
+        """
+        self._local.check = check
+        try:
+            yield
+        finally:
+            self._local.__dict__.pop("check", None)
 
     def _join_group(self) -> tuple[_Group, sqlite3.Connection]:
         """Return the group whose transaction is open, or begin one; the caller has the turn."""

@@ -94,18 +94,12 @@ class AttachmentItem:
         query.require_known(request, "wait", "force", "epoch")
         wait_s = query.wait_seconds(request, default=60)
         caller = answers.caller(request)
+        force = query.choice(request, "force", "false", "true") == "true"
+        epoch, db = query.epoch(request), self._service.db
         self._find(caller, uuid, attachment_id)
-        operation = self._service.start(
-            intents.detach(
-                self._service.db,
-                caller,
-                attachment_id,
-                epoch=query.epoch(request),
-                force=query.choice(request, "force", "false", "true") == "true",
-            ),
-            wait_s,
-        )
-        answers.finish_removal(response, operation)
+        with answers.matching(request, db, lambda: self._shown(caller, uuid, attachment_id)):
+            detachment = intents.detach(db, caller, attachment_id, epoch=epoch, force=force)
+        answers.finish_removal(response, self._service.start(detachment, wait_s))
 
     def on_post_migrate(
         self, request: falcon.Request, response: falcon.Response, uuid: str, attachment_id: str
@@ -157,13 +151,17 @@ class AttachmentItem:
         query.require_known(request, "epoch")
         wanted = read_body(request, LeaseRenewal)
         caller = answers.caller(request)
+        epoch, db = query.epoch(request), self._service.db
         self._find(caller, uuid, attachment_id)
-        attachment = leases.renew_attachment(
-            self._service.db, caller, attachment_id, lease_s=wanted.lease_s,
-            epoch=query.epoch(request),
-        )  # fmt: skip
+        with answers.matching(request, db, lambda: self._shown(caller, uuid, attachment_id)):
+            attachment = leases.renew_attachment(
+                db, caller, attachment_id, lease_s=wanted.lease_s, epoch=epoch
+            )
         self._service.wake()
         answers.show(response, _view(self._service, caller, attachment))
+
+    def _shown(self, caller: Caller, uuid: str, attachment_id: str) -> AttachmentView:
+        return _view(self._service, caller, self._find(caller, uuid, attachment_id))
 
     def _find(self, caller: Caller, uuid: str, attachment_id: str) -> Attachment:
         attachment = inventory.attachment(self._service.db, attachment_id)

@@ -161,6 +161,8 @@ class DiskUpload:
         answers.show(response, UploadView.of(upload))
         response.set_header("Upload-Offset", str(upload.offset_bytes))
 
+    on_head = on_get
+
     def on_delete(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
         """Give an upload up: what has arrived is removed."""
         query.require_known(request)

@@ -78,21 +78,18 @@ class DiskItem:
         wait_s = query.wait_seconds(request, default=60)
         wanted = read_body(request, DiskChange)
         caller = answers.caller(request)
+        db = self._service.db
         view = _view(self._service, caller, uuid)
-        answers.require_match(request, view)
         growth = None
-        if wanted.size_bytes not in (None, view.size_bytes):
-            assert wanted.size_bytes is not None
-            space_plan.admit(self._service.configuration, self._service.db, uuid, wanted.size_bytes)
-            growth = disk_intents.resize_disk(self._service.db, caller, uuid, wanted.size_bytes)
-        disk_intents.update_disk(
-            self._service.db,
-            caller,
-            uuid,
-            tag=wanted.tag,
-            visibility=wanted.visibility,
-            owner=wanted.owner,
-        )
+        with answers.matching(request, db, lambda: _view(self._service, caller, uuid)):
+            if wanted.size_bytes not in (None, view.size_bytes):
+                assert wanted.size_bytes is not None
+                space_plan.admit(self._service.configuration, db, uuid, wanted.size_bytes)
+                growth = disk_intents.resize_disk(db, caller, uuid, wanted.size_bytes)
+            disk_intents.update_disk(
+                db, caller, uuid,
+                tag=wanted.tag, visibility=wanted.visibility, owner=wanted.owner,
+            )  # fmt: skip
         if growth is not None:
             growth = self._service.start(growth, wait_s)
             require_success(growth)
@@ -111,11 +108,10 @@ class DiskItem:
         with_snapshots = query.choice(request, "snapshots", "delete") == "delete"
         wait_s = query.wait_seconds(request, default=60)
         caller = answers.caller(request)
-        answers.require_match(request, _view(self._service, caller, uuid))
-        operation = self._service.start(
-            disk_intents.delete_disk(self._service.db, caller, uuid, with_snapshots=with_snapshots),
-            wait_s,
-        )
+        db = self._service.db
+        with answers.matching(request, db, lambda: _view(self._service, caller, uuid)):
+            deletion = disk_intents.delete_disk(db, caller, uuid, with_snapshots=with_snapshots)
+        operation = self._service.start(deletion, wait_s)
         answers.finish_removal(response, operation)
 
 

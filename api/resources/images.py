@@ -76,11 +76,10 @@ class ImageItem:
         """Delete an image that nothing uses: 204, or 202 when that takes longer than `?wait=`."""
         query.require_known(request, "wait")
         wait_s = query.wait_seconds(request, default=60)
-        answers.require_match(request, ImageView.of(inventory.image(self._service.db, image_id)))
-        operation = self._service.start(
-            intents.request_image_deletion(self._service.db, answers.caller(request), image_id),
-            wait_s,
-        )
+        db, caller = self._service.db, answers.caller(request)
+        with answers.matching(request, db, lambda: ImageView.of(inventory.image(db, image_id))):
+            deletion = intents.request_image_deletion(db, caller, image_id)
+        operation = self._service.start(deletion, wait_s)
         answers.finish_removal(response, operation)
 
 
@@ -137,9 +136,9 @@ class ImagePin:
     ) -> None:
         query.require_known(request)
         db = self._service.db
-        answers.require_match(request, ImageView.of(inventory.image(db, image_id)))
         caller = answers.caller(request)
-        image = intents.set_pin(db, caller, image_id, pinned)
+        with answers.matching(request, db, lambda: ImageView.of(inventory.image(db, image_id))):
+            image = intents.set_pin(db, caller, image_id, pinned)
         answers.show(response, image_details(self._service, caller, image))
 
 

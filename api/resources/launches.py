@@ -72,11 +72,7 @@ class LaunchItem:
     def on_get(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
         """Show one launch, with the same answer as when it was made."""
         query.require_known(request)
-        caller = answers.caller(request)
-        launch = inventory.launch(self._service.db, instance)
-        if not _visible(self._service, caller, launch):
-            raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
-        answers.show(response, _view(self._service, caller, launch))
+        answers.show(response, _shown(self._service, answers.caller(request), instance))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, instance: str) -> None:
         """Halt: detach everything, delete what is volatile; 204, or 202 as with disks.
@@ -87,16 +83,10 @@ class LaunchItem:
         query.require_known(request, "wait", "outcome", "epoch")
         wait_s = query.wait_seconds(request, default=60)
         failed = query.choice(request, "outcome", "done", "failed") == "failed"
-        operation = self._service.start(
-            intents.halt(
-                self._service.db,
-                answers.caller(request),
-                instance,
-                failed=failed,
-                epoch=query.epoch(request),
-            ),
-            wait_s,
-        )
+        epoch, db, caller = query.epoch(request), self._service.db, answers.caller(request)
+        with answers.matching(request, db, lambda: _shown(self._service, caller, instance)):
+            halting = intents.halt(db, caller, instance, failed=failed, epoch=epoch)
+        operation = self._service.start(halting, wait_s)
         answers.finish_removal(response, operation)
 
 
@@ -110,18 +100,19 @@ class LaunchLease:
         """Renew the lease, or begin one; shows the launch."""
         query.require_known(request, "epoch")
         wanted = read_body(request, LeaseRenewal)
-        caller = answers.caller(request)
-        launch = leases.renew_launch(
-            self._service.db, caller, instance, lease_s=wanted.lease_s, epoch=query.epoch(request)
-        )
+        epoch, db, caller = query.epoch(request), self._service.db, answers.caller(request)
+        with answers.matching(request, db, lambda: _shown(self._service, caller, instance)):
+            launch = leases.renew_launch(db, caller, instance, lease_s=wanted.lease_s, epoch=epoch)
         self._service.wake()
         answers.show(response, _view(self._service, caller, launch))
 
 
-def _visible(service: Service, caller: Caller, launch: Launch) -> bool:
-    if caller.operator:
-        return True
-    return inventory.operation(service.db, launch.operation_id).owner == caller.name
+def _shown(service: Service, caller: Caller, instance: str) -> LaunchView:
+    launch = inventory.launch(service.db, instance)
+    owner = inventory.operation(service.db, launch.operation_id).owner
+    if not caller.operator and owner != caller.name:
+        raise NotFound("instance-unknown", f"No instance {instance} was launched here.")
+    return _view(service, caller, launch)
 
 
 def _view(service: Service, caller: Caller, launch: Launch) -> LaunchView:

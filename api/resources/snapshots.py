@@ -8,7 +8,8 @@ from stratocache.api.models import DiskSaving, SnapshotCreation, read_body
 from stratocache.api.representations import SnapshotView
 from stratocache.api.service import Service, require_success
 from stratocache.fs import inventory, snapshot_intents
-from stratocache.fs.records import SaveRequest
+from stratocache.fs.records import Caller, SaveRequest
+from stratocache.fs.state import Database
 
 SNAPSHOTS = Listing(orders=("created_at", "tag", "size_bytes", "state"), filters=("tag", "state"))
 
@@ -60,8 +61,7 @@ class SnapshotItem:
         """Show one snapshot."""
         query.require_known(request)
         caller = answers.caller(request)
-        found = inventory.snapshot(self._service.db, caller, snapshot_id, disk_uuid=uuid)
-        answers.show(response, SnapshotView.of(found))
+        answers.show(response, _view(self._service.db, caller, uuid, snapshot_id))
 
     def on_delete(
         self, request: falcon.Request, response: falcon.Response, uuid: str, snapshot_id: str
@@ -69,11 +69,10 @@ class SnapshotItem:
         """Delete a snapshot: 204, or 202 when that takes longer than `?wait=`."""
         query.require_known(request, "wait")
         wait_s = query.wait_seconds(request, default=60)
-        caller = answers.caller(request)
-        operation = self._service.start(
-            snapshot_intents.delete_snapshot(self._service.db, caller, uuid, snapshot_id), wait_s
-        )
-        answers.finish_removal(response, operation)
+        db, caller = self._service.db, answers.caller(request)
+        with answers.matching(request, db, lambda: _view(db, caller, uuid, snapshot_id)):
+            deletion = snapshot_intents.delete_snapshot(db, caller, uuid, snapshot_id)
+        answers.finish_removal(response, self._service.start(deletion, wait_s))
 
 
 class SnapshotRollback:
@@ -114,3 +113,7 @@ class DiskSave:
         )
         require_success(operation)
         answers.accept(response, operation)
+
+
+def _view(db: Database, caller: Caller, uuid: str, snapshot_id: str) -> SnapshotView:
+    return SnapshotView.of(inventory.snapshot(db, caller, snapshot_id, disk_uuid=uuid))
