@@ -21,8 +21,6 @@ class Conditional:
             if response.data is None or response.content_type != falcon.MEDIA_JSON:
                 return
             response.etag = hashlib.sha256(response.data).hexdigest()[:32]
-        if response.get_header("Cache-Control") is None:
-            response.cache_control = ["no-cache"]
         known = request.if_none_match
         if known is None or not _matches(known, response.etag):
             return
