@@ -42,6 +42,7 @@ from stratocache.api.resources.launches import LaunchCollection, LaunchItem, Lau
 from stratocache.api.resources.operations import OperationCollection, OperationItem
 from stratocache.api.resources.overview import Overview
 from stratocache.api.resources.references import ReferenceCollection
+from stratocache.api.resources.shares import ShareCollection, ShareItem
 from stratocache.api.resources.sharing import ChunkItem, ImageManifest
 from stratocache.api.resources.snapshots import (
     DiskSave,
@@ -129,6 +130,8 @@ def _add_disks(app: App, service: Service) -> None:
     app.add_route(disk + "/hydrate", DiskHydration(service))
     app.add_route(disk + "/restore", DiskRestoration(service))
     app.add_route(disk + "/save", DiskSave(service))
+    app.add_route(disk + "/shares", ShareCollection(service))
+    app.add_route(disk + "/shares/{user}", ShareItem(service))
     snapshots = disk + "/snapshots"
     app.add_route(snapshots, SnapshotCollection(service))
     app.add_route(snapshots + "/{snapshot_id}", SnapshotItem(service))

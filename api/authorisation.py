@@ -100,8 +100,11 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", _DISK + "/hydrate"): Rule("disks", object="disk-own", action="disk.hydrate"),
     ("POST", _DISK + "/restore"): Rule("disks", object="disk-own", action="disk.restore"),
     ("POST", _DISK + "/save"): Rule("disks", object="disk-own", action="disk.save"),
+    ("GET", _DISK + "/shares"): Rule("read", object="disk-see"),
+    ("PUT", _DISK + "/shares/{user}"): Rule("disks", object="disk-own", action="disk.share"),
+    ("DELETE", _DISK + "/shares/{user}"): Rule("disks", object="disk-see", action="disk.unshare"),
     ("GET", _DISK + "/snapshots"): Rule("read", object="disk-see"),
-    ("POST", _DISK + "/snapshots"): Rule("disks", object="disk-own", action="snapshot.create"),
+    ("POST", _DISK + "/snapshots"): Rule("disks", object="disk-write", action="snapshot.create"),
     ("GET", _SNAPSHOT): Rule("read", object="disk-see"),
     ("DELETE", _SNAPSHOT): Rule("disks", object="disk-own", action="snapshot.delete"),
     ("POST", _SNAPSHOT + "/rollback"): Rule(

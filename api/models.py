@@ -1,5 +1,6 @@
 """What requests carry: pydantic models with every limit, and how a body becomes one."""
 
+import re
 from typing import Annotated, Literal, TypeVar
 
 import falcon
@@ -26,7 +27,8 @@ Reference = Annotated[
 InstanceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Tag = Annotated[str, Field(max_length=TAG_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
-UserName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$")]
+_USER_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$"
+UserName = Annotated[str, Field(pattern=_USER_NAME)]
 Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 InitiatorName = Annotated[str, Field(max_length=223), AfterValidator(check_initiator_name)]
 LeaseSeconds = Annotated[int, Field(ge=LEASE_S_MIN, le=LEASE_S_MAX)]
@@ -79,6 +81,12 @@ class DiskChange(RequestModel):
     visibility: Visibility | None = None
     owner: UserName | None = None
     size_bytes: SizeBytes | None = None
+
+
+class ShareChange(RequestModel):
+    """`PUT /v1/disks/{uuid}/shares/{user}`."""
+
+    access: Literal["read", "write"]
 
 
 class SnapshotCreation(RequestModel):
@@ -154,6 +162,16 @@ class ScrubRequest(RequestModel):
 
 
 Model = TypeVar("Model", bound=RequestModel)
+
+
+def check_user_name(text: str) -> None:
+    """Raise `InvalidInput` (`parameter-invalid`) for what cannot be a user's name."""
+    if not re.fullmatch(_USER_NAME, text):
+        raise InvalidInput(
+            "parameter-invalid",
+            "A user's name has up to 64 letters, digits, dots, dashes and at signs.",
+            field="user",
+        )
 
 
 def body_of(request: falcon.Request) -> bytes:

@@ -45,6 +45,7 @@ _SHAPES: dict[str, Schema] = {
     "operation_id": {"type": "string", "format": "uuid"},
     "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     "instance": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
+    "user": {"type": "string", "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$"},
     "image_id": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
 }
 """Of the parts of addresses; all others are texts."""

@@ -24,6 +24,7 @@ from stratocache.fs.records import (
     Snapshot,
 )
 from stratocache.fs.secret_box import SecretBox
+from stratocache.fs.shares import Share
 from stratocache.fs.target import LUN
 
 
@@ -291,6 +292,20 @@ class DiskDetails(DiskView):
     def to_json_and_etag(self) -> tuple[bytes, str]:
         """Return both; the validator is of the disk alone: what it cost changes all the time."""
         return self.to_json(), _plain(self, DiskView).etag
+
+
+class ShareView(Representation):
+    """Who else may use a disk."""
+
+    user: str
+    access: Literal["read", "write"]
+    """read: see, clone, download, attach read-only; write: also attach, upload, take snapshots."""
+    created_at: str
+
+    @classmethod
+    def of(cls, share: Share) -> Self:
+        """Show a share."""
+        return cls(user=share.user, access=share.access, created_at=share.created_at)
 
 
 class SnapshotView(Representation):

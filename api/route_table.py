@@ -20,6 +20,7 @@ from stratocache.api.resources.images import IMAGES
 from stratocache.api.resources.launches import LAUNCHES
 from stratocache.api.resources.operations import OPERATIONS
 from stratocache.api.resources.overview import OverviewView
+from stratocache.api.resources.shares import SHARES
 from stratocache.api.resources.snapshots import SNAPSHOTS
 from stratocache.fs.local_map import CELLS_MAX
 
@@ -252,6 +253,15 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("POST", _DISK + "/save"): Route(
         "Save a disk as an image.", _ACCEPTED, _body(models.DiskSaving), _WAIT
     ),
+    ("GET", _DISK + "/shares"): _list(
+        "Who else may use a disk.", "shares", representations.ShareView, SHARES
+    ),
+    ("PUT", _DISK + "/shares/{user}"): Route(
+        "Share a disk with a user.",
+        {200: _json(representations.ShareView), 201: _json(representations.ShareView)},
+        _body(models.ShareChange),
+    ),
+    ("DELETE", _DISK + "/shares/{user}"): Route("End a share.", {204: _NOTHING}),
     ("GET", _DISK + "/snapshots"): _list(
         "Snapshots of a disk.", "snapshots", representations.SnapshotView, SNAPSHOTS
     ),

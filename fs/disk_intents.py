@@ -5,7 +5,7 @@ import uuid as uuid_module
 from dataclasses import asdict
 
 from stratocache.cache.errors import Conflict, InvalidInput
-from stratocache.fs import content_hold, inventory
+from stratocache.fs import content_hold, inventory, quotas
 from stratocache.fs.intents import (
     add_operation,
     own_disk,
@@ -15,6 +15,7 @@ from stratocache.fs.intents import (
     stop_work,
 )
 from stratocache.fs.migrations import require_settled
+from stratocache.fs.quotas import Wanted
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation, Visibility
 from stratocache.fs.rights import require_read
 from stratocache.fs.state import Database, now, record_event
@@ -39,6 +40,9 @@ def create_disk(db: Database, caller: Caller, request: DiskRequest) -> Operation
         )
     uuid = str(uuid_module.uuid4())
     with db.transaction() as connection:
+        if request.reference is not None:  # else when its row is made
+            wanted = Wanted(bytes=request.size_bytes or 0, disks=1)
+            quotas.require(connection, caller.name, wanted)
         if request.snapshot is not None:
             _insert_clone(connection, db, caller, uuid, request, request.snapshot)
         elif request.reference is None:
@@ -116,6 +120,8 @@ def resize_disk(db: Database, caller: Caller, uuid: str, size_bytes: int) -> Ope
             )
         _require_available(disk)
         require_settled(db, uuid)
+        growth_bytes = size_bytes - max([disk.size_bytes, *_growing_to(db, uuid)])
+        quotas.require(connection, disk.owner, Wanted(bytes=growth_bytes))
         return add_operation(connection, caller, "resize", uuid, {"size_bytes": size_bytes})
 
 
@@ -199,13 +205,16 @@ def insert_disk(
     """Insert a disk to be created, within the caller's transaction.
 
     The size, of the request unless given, must be known; `base_manifest` is what its files will be
-    made of and is kept from now on.
+    made of and is kept from now on. Raises what `quotas.require` raises.
     """
+    wanted_bytes = size_bytes or request.size_bytes
+    assert wanted_bytes is not None
+    quotas.require(connection, owner, Wanted(bytes=wanted_bytes, disks=1))
     connection.execute(
         "INSERT INTO disks (uuid, state, size_bytes, base_image, base_snapshot, base_manifest, "
         "owner, tag, visibility, kind, volatile, created_at) "
         "VALUES (?, 'creating', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (uuid, size_bytes or request.size_bytes, base_image, base_snapshot, base_manifest, owner,
+        (uuid, wanted_bytes, base_image, base_snapshot, base_manifest, owner,
          request.tag, request.visibility, request.kind, request.volatile, now()),
     )  # fmt: skip
 
@@ -213,3 +222,9 @@ def insert_disk(
 def _require_available(disk: Disk) -> None:
     if disk.state != "available":
         raise Conflict("disk-busy", f"Disk {disk.uuid} is {disk.state}; try again when it is not.")
+
+
+def _growing_to(db: Database, uuid: str) -> list[int]:
+    """Return the sizes that a disk is being grown to."""
+    under_way = inventory.open_operations(db, uuid, "resize")
+    return [operation.request["size_bytes"] for operation in under_way]

@@ -2,13 +2,14 @@
 
 import trio
 
-from stratocache.fs import inventory
+from stratocache.fs import inventory, quotas
 from stratocache.fs.acquisition import Report
 from stratocache.fs.content_import import Importer
 from stratocache.fs.disk_intents import insert_disk
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK, ImportRequest
 from stratocache.fs.operations import finish
+from stratocache.fs.quotas import Wanted
 from stratocache.fs.records import DiskRequest, Operation
 from stratocache.fs.state import Database, record_event
 
@@ -38,6 +39,9 @@ class Importing:
 
     def _make(self, operation: Operation, size_bytes: int) -> None:
         uuid = operation.subject
+        with self._db.transaction() as connection:  # before there are files
+            wanted = Wanted(bytes=size_bytes, disks=1)
+            quotas.require(connection, operation.owner, wanted)
         form = self._importer.install(self._disks, uuid, size_bytes)
         disk = DiskRequest(**operation.request["disk"])
         with self._db.transaction() as connection:

@@ -16,7 +16,8 @@ from typing import Any
 
 from stratocache.cache.errors import Conflict, NotFound, Refused
 from stratocache.cache.structured_log import ON_BEHALF
-from stratocache.fs import content_hold, idempotency, inventory, records, rights
+from stratocache.fs import content_hold, idempotency, inventory, quotas, records, rights
+from stratocache.fs.quotas import Wanted
 from stratocache.fs.records import (
     Access,
     Attachment,
@@ -278,6 +279,12 @@ def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Oper
             )
         for uuid in request.disks:
             check_attachable(db, caller, inventory.disk(db, caller, uuid), "rw")
+        held = Wanted(
+            bytes=request.size_bytes or 0,
+            disks=1,
+            attachments=1 + len(request.disks) + len(request.readonly),
+        )
+        quotas.require(connection, caller.name, held)
         operation = add_operation(connection, caller, "launch", request.instance, wanted)
         connection.execute(
             "INSERT INTO launches (instance, operation_id, request, state, lease_s, created_at) "
@@ -440,9 +447,11 @@ def insert_attachment(
     """Insert an attachment to be made, within the caller's transaction; return its id.
 
     It has a secret of its own and the next epoch of its disk. One that `migrates` another is to
-    take its place within `migration_s`. Raises `Conflict` (`already-attached`) where a unique index
-    says no.
+    take its place within `migration_s`, and counts against nobody's quota. Raises `Conflict`
+    (`already-attached`) where a unique index says no, and what `quotas.require` raises.
     """
+    if migrates is None:
+        quotas.require(connection, owner, Wanted(attachments=1))
     attachment_id = str(uuid_module.uuid4())
     connection.execute("UPDATE disks SET epoch = epoch + 1 WHERE uuid = ?", (disk_uuid,))
     try:

@@ -80,7 +80,11 @@ def visible_disks(caller: Caller) -> Condition:
     """Return what holds for disks that the caller may see, as `may_see`."""
     if caller.operator:
         return pages.EVERYTHING
-    return Condition("(owner = ? OR visibility = 'public')", (caller.name,))
+    return Condition(
+        "(owner = ? OR visibility = 'public' "
+        "OR uuid IN (SELECT disk_uuid FROM disk_shares WHERE user = ?))",
+        (caller.name, caller.name),
+    )
 
 
 def find_disk(db: Database, uuid: str) -> Disk | None:

@@ -14,8 +14,6 @@ NODES_MAX = 1000
 DEPTH_MAX = 32
 """Disks between an image and a disk that is named."""
 
-_VISIBLE = "base_image = ? AND (? OR owner = ? OR visibility = 'public')"
-
 
 @dataclass(frozen=True, slots=True)
 class SnapshotNode:
@@ -51,11 +49,12 @@ def lineage_of(
     db: Database, caller: Caller, image_id: str, *, nodes_max: int = NODES_MAX
 ) -> Lineage:
     """Return what was made of an image, as far as the caller may see it."""
-    given = (image_id, caller.operator, caller.name)
+    visible = inventory.visible_disks(caller)
+    wanted, given = f"base_image = ? AND {visible.text}", (image_id, *visible.values)
     disks = [
         records.disk_from(row)
         for row in db.rows(
-            f"SELECT * FROM disks WHERE {_VISIBLE} ORDER BY number LIMIT ?", *given, nodes_max
+            f"SELECT * FROM disks WHERE {wanted} ORDER BY number LIMIT ?", *given, nodes_max
         )
     ]
     snapshots = [
@@ -69,7 +68,7 @@ def lineage_of(
     ]
     counted = db.row(
         f"SELECT count(*), coalesce(sum((SELECT count(*) FROM snapshots WHERE disk_uuid = uuid)), 0) "
-        f"FROM disks WHERE {_VISIBLE}",
+        f"FROM disks WHERE {wanted}",
         *given,
     )
     assert counted is not None

@@ -1,4 +1,4 @@
-"""What a caller may do with a disk: the one place that knows owners, visibility and roles."""
+"""What a caller may do with a disk: the one place that knows owners, visibility, shares and roles."""
 
 from dataclasses import dataclass
 
@@ -28,8 +28,23 @@ def rights(db: Database, caller: Caller, disk: Disk) -> Rights:
     """Return what the caller may do with a disk; an operator sees all, and no private content."""
     if caller.administrator or disk.owner == caller.name:
         return _ALL
-    public = disk.visibility == "public"
-    return Rights(see=public or caller.operator, read=public)
+    row = db.row(
+        "SELECT access FROM disk_shares WHERE disk_uuid = ? AND user = ?", disk.uuid, caller.name
+    )
+    readable = row is not None or disk.visibility == "public"
+    return Rights(
+        see=readable or caller.operator,
+        read=readable,
+        write=row is not None and row["access"] == "write",
+    )
+
+
+def require_write(db: Database, caller: Caller, disk: Disk) -> None:
+    """Raise `Refused` (`disk-not-yours`) unless the caller may write the disk."""
+    if not rights(db, caller, disk).write:
+        raise Refused(
+            "disk-not-yours", f"Disk {disk.uuid} belongs to {disk.owner}, who can share it."
+        )
 
 
 def require_read(db: Database, caller: Caller, disk: Disk) -> Rights:

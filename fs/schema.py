@@ -500,4 +500,26 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
     """,
+    """
+    CREATE TABLE disk_shares (              -- what others than the owner may do: fs.rights
+        number     INTEGER PRIMARY KEY AUTOINCREMENT,
+        disk_uuid  TEXT NOT NULL REFERENCES disks (uuid) ON DELETE CASCADE,
+        user       TEXT NOT NULL,           -- a name, of an account or of a Unix user
+        access     TEXT NOT NULL CHECK (access IN ('read', 'write')),
+        created_at TEXT NOT NULL,
+        UNIQUE (disk_uuid, user)
+    ) STRICT;
+    CREATE INDEX disk_shares_by_user ON disk_shares (user, disk_uuid);
+    -- the next who has the name is somebody else
+    CREATE TRIGGER forget_account AFTER DELETE ON accounts BEGIN
+        DELETE FROM disk_shares WHERE user = OLD.name;
+        DELETE FROM idempotency_keys WHERE caller = OLD.name;
+    END;
+    -- an owner needs no share
+    CREATE TRIGGER forget_share AFTER UPDATE OF owner ON disks BEGIN
+        DELETE FROM disk_shares WHERE disk_uuid = NEW.uuid AND user = NEW.owner;
+    END;
+    CREATE INDEX disks_by_owner ON disks (owner);
+    CREATE INDEX attachments_by_owner ON attachments (owner);
+    """,
 )

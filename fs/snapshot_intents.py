@@ -9,6 +9,7 @@ from stratocache.fs import content_hold, inventory
 from stratocache.fs.intents import add_operation, own_disk, refuse_busy
 from stratocache.fs.migrations import require_settled
 from stratocache.fs.records import Caller, Disk, Operation, SaveRequest, Snapshot
+from stratocache.fs.rights import require_write
 from stratocache.fs.state import Database, now
 
 
@@ -19,7 +20,9 @@ def create_snapshot(db: Database, caller: Caller, uuid: str, *, tag: str = "") -
     (`disk-busy`, `disk-migrating`).
     """
     with db.transaction() as connection:
-        disk = _changeable(db, caller, uuid)
+        disk = inventory.disk(db, caller, uuid)
+        require_write(db, caller, disk)
+        _require_at_rest(db, disk)
         require_settled(db, uuid)
         snapshot_id = _insert(connection, disk, caller.name, tag=tag)
         return add_operation(
@@ -110,10 +113,14 @@ def _insert(
 
 def _changeable(db: Database, caller: Caller, uuid: str) -> Disk:
     disk = own_disk(db, caller, uuid)
-    if disk.state != "available":
-        raise Conflict("disk-busy", f"Disk {uuid} is {disk.state}; try again when it is not.")
-    refuse_busy(db, uuid, "rollback")
+    _require_at_rest(db, disk)
     return disk
+
+
+def _require_at_rest(db: Database, disk: Disk) -> None:
+    if disk.state != "available":
+        raise Conflict("disk-busy", f"Disk {disk.uuid} is {disk.state}; try again when it is not.")
+    refuse_busy(db, disk.uuid, "rollback")
 
 
 def _require_available(snapshot: Snapshot) -> None:
