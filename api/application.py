@@ -5,10 +5,12 @@ from typing import TypeAlias
 
 import falcon
 
+from stratocache.api.audit import AuditMiddleware
 from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.conditional import Conditional
 from stratocache.api.idempotency import Idempotency
+from stratocache.api.login import Login
 from stratocache.api.openapi import OpenApi
 from stratocache.api.pages.errors import ErrorPages
 from stratocache.api.pages.routes import add_pages
@@ -21,6 +23,13 @@ from stratocache.api.resources.attachments import (
     AttachmentItem,
     AttachmentOverview,
 )
+from stratocache.api.resources.accounts import (
+    AccountCollection,
+    AccountItem,
+    TokenCollection,
+    TokenItem,
+)
+from stratocache.api.resources.audit import AuditLog, AuditPrune
 from stratocache.api.resources.cache import CacheEviction, CachePlan, CacheScrub, CacheStatus
 from stratocache.api.resources.content import DiskContent, DiskUpload
 from stratocache.api.resources.disks import (
@@ -42,6 +51,7 @@ from stratocache.api.resources.launches import LaunchCollection, LaunchItem, Lau
 from stratocache.api.resources.operations import OperationCollection, OperationItem
 from stratocache.api.resources.overview import Overview
 from stratocache.api.resources.references import ReferenceCollection
+from stratocache.api.resources.sessions import SessionItem
 from stratocache.api.resources.shares import ShareCollection, ShareItem
 from stratocache.api.resources.sharing import ChunkItem, ImageManifest
 from stratocache.api.resources.snapshots import (
@@ -77,7 +87,8 @@ def create_app(
     app.add_middleware(SecurityHeaders())
     app.add_middleware(RequestLog())
     app.add_middleware(requests)
-    app.add_middleware(RateLimit(configuration.api.requests_per_s))
+    app.add_middleware(AuditMiddleware(configuration.api, db))
+    app.add_middleware(RateLimit(configuration.api))
     app.add_middleware(Authentication(configuration.api, db))
     app.add_middleware(Authorisation(db))
     app.add_middleware(Conditional())
@@ -88,6 +99,7 @@ def create_app(
     _add_images(app, service)
     _add_disks(app, service)
     _add_attachments(app, service)
+    _add_accounts(app, service)
     app.add_middleware(ErrorPages(add_pages(app, service)))
     require_rules(app)
     return app
@@ -119,6 +131,18 @@ def _add_images(app: App, service: Service) -> None:
     app.add_route("/v1/cache/plan", CachePlan(service))
     app.add_route("/v1/cache/evict", CacheEviction(service))
     app.add_route("/v1/cache/scrub", CacheScrub(service))
+
+
+def _add_accounts(app: App, service: Service) -> None:
+    account = "/v1/accounts/{name}"
+    login = Login(service.configuration.api, service.db)
+    app.add_route("/v1/session", SessionItem(login, service.db))
+    app.add_route("/v1/accounts", AccountCollection(service))
+    app.add_route(account, AccountItem(service, login))
+    app.add_route(account + "/tokens", TokenCollection(service))
+    app.add_route(account + "/tokens/{token_id}", TokenItem(service))
+    app.add_route("/v1/audit", AuditLog(service))
+    app.add_route("/v1/audit/prune", AuditPrune(service))
 
 
 def _add_disks(app: App, service: Service) -> None:

@@ -1,32 +1,54 @@
 """Who sends a request: found out before any resource sees it (`ACCOUNTS.md`)."""
 
 import re
+import ssl
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import falcon
 
 from stratocache.api.authorisation import RULES
 from stratocache.api.identity import caller_of
+from stratocache.api.login import cookie_name
+from stratocache.api.problem import HttpProblem
+from stratocache.api.request_origin import is_unix, require_csrf_token
+from stratocache.cache import distinguished_name
 from stratocache.cache.configuration import ApiSettings
 from stratocache.cache.errors import Refused
-from stratocache.fs.accounts import find_account
+from stratocache.fs.accounts import Account, find_account, find_by_certificate, key_of_names
 from stratocache.fs.records import Caller
+from stratocache.fs.sessions import judge_session
 from stratocache.fs.state import Database
+from stratocache.fs.tokens import PREFIX, is_first_token, judge_token
+
+if TYPE_CHECKING:
+    from stratocache.api.oidc import Issuers
+
+_FIRST = ("POST", "/v1/accounts")
+"""All that the token of the first start is good for."""
 
 
 class Authentication:
-    """Middleware that keeps the caller in the request's context; open routes need none."""
+    """Middleware that keeps the caller in the request's context; open routes need none.
+
+    In this order: a token in `Authorization`, the session's cookie, the client's certificate; on the
+    Unix socket a token, else what the kernel says.
+    """
 
     def __init__(self, settings: ApiSettings, db: Database) -> None:
         self._settings = settings
         self._db = db
+        self._issuers = _issuers(settings)
         self._open = [
             (method, _pattern(template)) for (method, template), rule in RULES.items() if rule.open
         ]
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
-        """Find out who asks; raises `HttpProblem` 401 (`not-authenticated`) and `Refused`
-        (`account-disabled`)."""
+        """Find out who asks; raises `HttpProblem` 401 (`not-authenticated`) and 403
+        (`csrf-token-wrong`, `origin-foreign`), `Refused` (`account-disabled`)."""
+        request.context.session = None
+        request.context.first = False
+        request.context.caller = None
         if not self._is_open(request):
             request.context.caller = self._caller(request)
 
@@ -37,15 +59,89 @@ class Authentication:
         )
 
     def _caller(self, request: falcon.Request) -> Caller:
+        if request.auth:
+            return self._bearer(request, request.auth)
+        if is_unix(request):
+            return self._local(request)
+        cookies = request.get_cookie_values(cookie_name(request))
+        found = judge_session(self._db, cookies[0]) if cookies else None
+        if found is not None:
+            account, session = found
+            require_csrf_token(request, session)
+            request.context.session = session
+            return account.caller
+        known = self._certified(request)
+        if known is not None:
+            return known.caller
+        raise _unknown("Log in, or send a token: Authorization: Bearer TOKEN.")
+
+    def _bearer(self, request: falcon.Request, header: str) -> Caller:
+        scheme, _, token = header.partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise _unknown("Send a token as Authorization: Bearer TOKEN; nothing else is taken.")
+        if token.startswith(PREFIX):
+            found = judge_token(self._db, token)
+            if found is not None:
+                account, scopes = found
+                return Caller(account.name, account.role, scopes)
+            if (request.method, request.path) == _FIRST and is_first_token(self._db, token):
+                request.context.first = True
+                return Caller("first-start", "admin", frozenset({"admin"}))
+        elif self._issuers is not None:
+            return self._claimed(self._issuers, token)
+        raise _unknown("This token is not known here, has expired, or its account is disabled.")
+
+    def _claimed(self, issuers: "Issuers", token: str) -> Caller:
+        from stratocache.api.oidc import TokenRefused
+
+        try:
+            caller = issuers.identify(token)
+        except TokenRefused as refused:
+            raise _unknown(f"This token is not believed: {refused}.") from None
+        return self._with_account(caller)
+
+    def _local(self, request: falcon.Request) -> Caller:
         caller = caller_of(request.env, self._settings.group)
-        if caller.administrator:
-            return caller
+        return caller if caller.administrator else self._with_account(caller)
+
+    def _with_account(self, caller: Caller) -> Caller:
+        """Return somebody whom others name, with the role of their account, if they have one."""
         account = find_account(self._db, caller.name)
         if account is None:
             return caller
         if not account.enabled:
             raise Refused("account-disabled", f"The account {account.name} is disabled.")
         return replace(caller, role=account.role)
+
+    def _certified(self, request: falcon.Request) -> Account | None:
+        """Return the account of the certificate that the client has proven to have, if any."""
+        connection = request.env.get("gunicorn.socket")
+        if self._settings.client_ca_file is None or not isinstance(connection, ssl.SSLSocket):
+            return None
+        der = connection.getpeercert(binary_form=True)
+        if der is None:
+            return None
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes
+
+        certificate = x509.load_der_x509_certificate(der)
+        names = distinguished_name.of_certificate(certificate.subject)
+        account = find_by_certificate(
+            self._db, f"sha256:{certificate.fingerprint(hashes.SHA256()).hex()}"
+        ) or find_by_certificate(self._db, key_of_names(names))
+        return account if account is not None and account.enabled else None
+
+
+def _issuers(settings: ApiSettings) -> "Issuers | None":
+    if not settings.oidc:
+        return None
+    from stratocache.api.oidc import Issuers  # only where somebody is believed
+
+    return Issuers(settings.oidc)
+
+
+def _unknown(sentence: str) -> HttpProblem:
+    return HttpProblem(401, "not-authenticated", sentence, {"WWW-Authenticate": "Bearer"})
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -56,6 +56,7 @@ _SNAPSHOT = _DISK + "/snapshots/{snapshot_id}"
 _ATTACHMENT = _DISK + "/attachments/{attachment_id}"
 _IMAGE = "/v1/images/{image_id}"
 _LAUNCH = "/v1/launches/{instance}"
+_ACCOUNT = "/v1/accounts/{name}"
 _OPERATION = "/v1/operations/{operation_id}"
 
 RULES: dict[tuple[str, str], Rule] = {
@@ -130,6 +131,22 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", _LAUNCH): Rule("read", object="launch-see"),
     ("DELETE", _LAUNCH): Rule("launch", object="launch-end", action="launch.halt"),
     ("PUT", _LAUNCH + "/lease"): Rule("launch", object="launch-own", action="launch.lease"),
+    # accounts
+    ("POST", "/v1/session"): Rule(None, action="session.start", open=True),
+    ("GET", "/v1/session"): Rule(None),
+    ("DELETE", "/v1/session"): Rule(None, action="session.end"),
+    ("GET", "/v1/accounts"): Rule("read", "admin"),
+    ("POST", "/v1/accounts"): Rule("admin", "admin", action="account.create"),
+    ("GET", _ACCOUNT): Rule("read", object="self"),
+    ("PATCH", _ACCOUNT): Rule("admin", object="self", action="account.change"),
+    ("DELETE", _ACCOUNT): Rule("admin", "admin", action="account.delete"),
+    ("GET", _ACCOUNT + "/tokens"): Rule("read", object="self"),
+    ("POST", _ACCOUNT + "/tokens"): Rule("admin", object="self", action="token.create"),
+    ("DELETE", _ACCOUNT + "/tokens/{token_id}"): Rule(
+        "admin", object="self", action="token.delete"
+    ),
+    ("GET", "/v1/audit"): Rule("read", "admin"),
+    ("POST", "/v1/audit/prune"): Rule("admin", "admin", action="audit.prune"),
     # work under way
     ("GET", "/v1/operations"): _READ,
     ("GET", _OPERATION): Rule("read", object="operation"),
@@ -190,6 +207,7 @@ class Authorisation:
         parameters: dict[str, Any],
     ) -> None:
         """Judge a request; raises `Refused` (`scope-missing`, `not-allowed`, …) and `NotFound`."""
+        request.context.parameters = dict(parameters)
         rule = rule_of(request.method, request.uri_template)
         if rule is None or rule.open:
             return

@@ -11,12 +11,15 @@ from stratocache.api.sizes import SECTOR_BYTES, SIZE_BYTES_MAX, SIZE_BYTES_MIN
 from stratocache.cache.entry import Compression
 from stratocache.cache.errors import InvalidInput
 from stratocache.fs.leases import LEASE_S_MAX, LEASE_S_MIN
-from stratocache.fs.records import SAVED_VALID_DAYS
+from stratocache.fs.records import SAVED_VALID_DAYS, SCOPES, Role, Scope
 from stratocache.fs.target import check_initiator_name
 
 BODY_BYTES_MAX = 1024**2
 DISKS_MAX = 64
 TAG_CHARACTERS_MAX = 40
+PASSWORD_CHARACTERS_MIN = 10
+PASSWORD_CHARACTERS_MAX = 1024
+TOKEN_S_MAX = 10 * 366 * 86400
 MIGRATION_S = 600
 MIGRATION_S_MAX = 3600
 
@@ -31,6 +34,12 @@ _USER_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$"
 UserName = Annotated[str, Field(pattern=_USER_NAME)]
 Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 InitiatorName = Annotated[str, Field(max_length=223), AfterValidator(check_initiator_name)]
+AnyPassword = Annotated[str, Field(max_length=PASSWORD_CHARACTERS_MAX)]
+Password = Annotated[
+    str,
+    Field(min_length=PASSWORD_CHARACTERS_MIN, max_length=PASSWORD_CHARACTERS_MAX),
+]
+Quota = Annotated[int, Field(ge=0, le=2**62)]
 LeaseSeconds = Annotated[int, Field(ge=LEASE_S_MIN, le=LEASE_S_MAX)]
 Visibility = Literal["private", "public"]
 DiskKind = Literal["machine", "data", "readonly"]
@@ -132,6 +141,53 @@ class LeaseRenewal(RequestModel):
     """`PUT …/lease`: as long as last time unless given."""
 
     lease_s: LeaseSeconds | None = None
+
+
+class AccountCreation(RequestModel):
+    """`POST /v1/accounts`."""
+
+    name: UserName
+    role: Role = "user"
+    password: Password | None = None
+    certificate_subject: Text | None = None
+    quota_bytes: Quota | None = None
+    quota_disks: Quota | None = None
+    quota_attachments: Quota | None = None
+    enabled: bool = True
+
+
+class AccountChange(RequestModel):
+    """`PATCH /v1/accounts/{name}`: what is absent stays, null takes away."""
+
+    role: Role | None = None
+    password: Password | None = None
+    current_password: AnyPassword | None = None
+    certificate_subject: Text | None = None
+    quota_bytes: Quota | None = None
+    quota_disks: Quota | None = None
+    quota_attachments: Quota | None = None
+    enabled: bool | None = None
+
+
+class TokenCreation(RequestModel):
+    """`POST /v1/accounts/{name}/tokens`."""
+
+    description: Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1, max_length=len(SCOPES))]
+    expires_in_s: Annotated[int, Field(ge=60, le=TOKEN_S_MAX)] | None = None
+
+
+class SessionCreation(RequestModel):
+    """`POST /v1/session`."""
+
+    name: Annotated[str, Field(max_length=64)]
+    password: AnyPassword
+
+
+class AuditPruning(RequestModel):
+    """`POST /v1/audit/prune`."""
+
+    before: Annotated[str, Field(max_length=40)]
 
 
 class LaunchCreation(RequestModel):

@@ -5,7 +5,7 @@ import stat
 
 import trio
 
-from stratocache.api.peer_certificates import RENEW_DAYS, is_issued_by, remaining_days
+from stratocache.api.certificates import RENEW_DAYS, is_issued_by, remaining_days
 from stratocache.cache.configuration import PeersSettings
 from stratocache.cache.errors import InvalidInput, Refused
 from stratocache.cache.peer_token import TokenFile

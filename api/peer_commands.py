@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from stratocache.api.certificates import Pair, make_authority, make_host, serves_still
+from stratocache.api.durable_file import write_durably
 from stratocache.api.examples import examples
-from stratocache.api.peer_certificates import Pair, make_authority, make_host, serves_still
-from stratocache.api.serve_command import write_durably
 from stratocache.api.session import Session, json_option
 from stratocache.cache.errors import InvalidInput
 

@@ -12,13 +12,12 @@ from typing import Any
 
 from stratocache.api.peer_application import create_peer_app
 from stratocache.api.server import Server, serve
+from stratocache.api.tls import server_context
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.state import Database
 
 _STALL_S = 10
 """A client that sends or takes nothing for so long is gone: it holds a thread."""
-_HANDSHAKE_STALL_S = 2
-"""Shorter, as nobody knows yet who it is."""
 _KEEP_ALIVE_S = 30
 _SPARE_THREADS = 8
 """Beside those that serve: they say at once that this host is busy, and shake hands."""
@@ -26,20 +25,6 @@ _CONNECTIONS_MAX = 256
 _GRACE_S = 1
 """For requests under way at a stop: a peer that is cut off has others to ask."""
 _NICENESS = 10
-
-
-class _ImpatientSocket(ssl.SSLSocket):
-    """A connection on which no call waits for ever, the handshake's least of all."""
-
-    def setblocking(self, flag: bool) -> None:
-        """Block, but not for longer than `_STALL_S`."""
-        self.settimeout(_STALL_S if flag else 0.0)
-
-    def do_handshake(self, block: bool = False) -> None:
-        """Shake hands, waiting little."""
-        self.settimeout(_HANDSHAKE_STALL_S)
-        super().do_handshake(block)
-        self.settimeout(_STALL_S)
 
 
 class PeerServer(Server):
@@ -68,11 +53,7 @@ class PeerServer(Server):
 
 
 def _context(settings: Any, _default: object) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.sslsocket_class = _ImpatientSocket
-    context.load_cert_chain(settings.certfile, settings.keyfile)
-    return context
+    return server_context(settings.certfile, settings.keyfile, ssl.TLSVersion.TLSv1_3, _STALL_S)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,10 +22,12 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class HttpProblem(falcon.HTTPError):
-    """An error that only HTTP knows (401, 412, 413, 415), with a stable code."""
+    """An error that only HTTP knows (401, 412, 413, 415, 429), with a stable code."""
 
-    def __init__(self, status: int, code: str, detail: str) -> None:
-        super().__init__(status, description=detail)
+    def __init__(
+        self, status: int, code: str, detail: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(status, description=detail, headers=headers)
         self.problem_code = code
 
 
@@ -65,6 +67,7 @@ def document_of(error: StratocacheError, *, operation_id: str | None = None) -> 
 
 
 def _write(response: falcon.Response, document: dict[str, Any]) -> None:
+    response.context.problem = document
     response.status = document["status"]
     response.content_type = MEDIA_TYPE
     response.data = json.dumps(document, ensure_ascii=False).encode()

@@ -6,7 +6,6 @@ socket are not limited: the host is theirs.
 """
 
 import math
-import socket
 import threading
 import time
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import falcon
 
 from stratocache.api.problem import HttpProblem
+from stratocache.api.request_origin import client_address, is_unix
+from stratocache.cache.configuration import ApiSettings
 from stratocache.fs.records import Caller
 
 _BURST_S = 2.0
@@ -53,16 +54,18 @@ class Buckets:
 
 
 class RateLimit:
-    """Middleware, to be added before `Authentication`; `per_s` requests of each caller, 0 = no limit."""
+    """Middleware, to be added before `Authentication`."""
 
-    def __init__(self, per_s: float) -> None:
+    def __init__(self, settings: ApiSettings) -> None:
+        self._settings = settings
+        per_s = settings.requests_per_s
         self._callers = Buckets(per_s, max(1.0, per_s * _BURST_S)) if per_s else None
         strangers = per_s * _STRANGERS_SHARE
         self._strangers = Buckets(strangers, max(1.0, strangers * _BURST_S)) if per_s else None
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         """Send away an address whose last requests were all of strangers; raises `HttpProblem`."""
-        address = _address(request)
+        address = self._address(request)
         if self._strangers is not None and address:
             _require(response, self._strangers.wait_s(address, take=False))
 
@@ -74,17 +77,21 @@ class RateLimit:
         caller = getattr(request.context, "caller", None)
         if self._callers is None or not isinstance(caller, Caller):
             return
-        if not (caller.administrator and _is_unix(request)):
+        if not (caller.administrator and is_unix(request)):
             _require(response, self._callers.wait_s(caller.name, take=True))
 
     def process_response(
         self, request: falcon.Request, response: falcon.Response, resource: Any, succeeded: bool
     ) -> None:
         """Count a request of whom we do not know."""
-        address = _address(request)
+        address = self._address(request)
         stranger = not isinstance(getattr(request.context, "caller", None), Caller)
         if self._strangers is not None and stranger and address:
             self._strangers.wait_s(address, take=True)
+
+
+    def _address(self, request: falcon.Request) -> str:
+        return "" if is_unix(request) else client_address(request, self._settings)
 
 
 def _require(response: falcon.Response, wait_s: float) -> None:
@@ -93,10 +100,3 @@ def _require(response: falcon.Response, wait_s: float) -> None:
         raise HttpProblem(429, "rate-limited", "That was too often; wait as Retry-After says.")
 
 
-def _address(request: falcon.Request) -> str:
-    return "" if _is_unix(request) else str(request.env.get("REMOTE_ADDR") or "")
-
-
-def _is_unix(request: falcon.Request) -> bool:
-    connection = request.env.get("gunicorn.socket")
-    return connection is not None and connection.family == socket.AF_UNIX

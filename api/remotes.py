@@ -154,7 +154,7 @@ def too_open() -> bool:
 
 def write(remotes: Remotes) -> None:
     """Replace the file, mode 0600."""
-    from stratocache.api.serve_command import write_durably
+    from stratocache.api.durable_file import write_durably
 
     path = file_path()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,7 +12,15 @@ from stratocache.api import models, query, representations
 from stratocache.api.listing import Listing
 from stratocache.api.representations import OperationView, Representation
 from stratocache.api.resources import cache
+from stratocache.api.resources.accounts import (
+    ACCOUNTS,
+    TOKENS,
+    AccountView,
+    NewTokenView,
+    TokenView,
+)
 from stratocache.api.resources.attachments import ATTACHMENTS, OF_DISK
+from stratocache.api.resources.audit import FILTERS, LINES_TYPE, AuditView, PruningView
 from stratocache.api.resources.content import UploadView
 from stratocache.api.resources.disks import DISKS
 from stratocache.api.resources.events import EVENTS, STREAM_TYPE
@@ -20,6 +28,7 @@ from stratocache.api.resources.images import IMAGES
 from stratocache.api.resources.launches import LAUNCHES
 from stratocache.api.resources.operations import OPERATIONS
 from stratocache.api.resources.overview import OverviewView
+from stratocache.api.resources.sessions import SessionView
 from stratocache.api.resources.shares import SHARES
 from stratocache.api.resources.snapshots import SNAPSHOTS
 from stratocache.fs.local_map import CELLS_MAX
@@ -94,6 +103,7 @@ _INDEX: Schema = {
         "catalogues": {"type": "array", "items": _TEXT},
         "limits": _LIMITS,
         "caller": _CALLER,
+        "tls_certificate_sha256": {"type": ["string", "null"]},
     },
 }
 _BOOT_SET: Schema = {"type": "object"}
@@ -131,6 +141,7 @@ _SNAPSHOT = _DISK + "/snapshots/{snapshot_id}"
 _ATTACHMENT = _DISK + "/attachments/{attachment_id}"
 _IMAGE = "/v1/images/{image_id}"
 _LAUNCH = "/v1/launches/{instance}"
+_ACCOUNT = "/v1/accounts/{name}"
 _DIGESTS = {"Content-Digest": _TEXT, "Repr-Digest": _TEXT}
 _IMAGE_SHOWN = {200: _json(representations.ImageDetails)}
 _DISK_SHOWN = {200: _json(representations.DiskDetails)}
@@ -299,6 +310,42 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     ("PUT", _ATTACHMENT + "/lease"): Route(
         "Renew a lease.", _ATTACHMENT_SHOWN, _body(models.LeaseRenewal), _EPOCH, _MATCH
+    ),
+    # accounts
+    ("POST", "/v1/session"): Route(
+        "Log in; the answer sets a cookie.", {201: _json(SessionView)}, _body(models.SessionCreation)
+    ),
+    ("GET", "/v1/session"): Route("Who one is.", {200: _json(SessionView)}),
+    ("DELETE", "/v1/session"): Route("Log out.", {204: _NOTHING}),
+    ("GET", "/v1/accounts"): _list("Accounts.", "accounts", AccountView, ACCOUNTS),
+    ("POST", "/v1/accounts"): Route(
+        "Create an account.", {201: _json(AccountView)}, _body(models.AccountCreation)
+    ),
+    ("GET", _ACCOUNT): Route("One account.", {200: _json(AccountView)}),
+    ("PATCH", _ACCOUNT): Route(
+        "Change an account, or one's own password.", {200: _json(AccountView)},
+        _body(models.AccountChange), headers=_MATCH,
+    ),
+    ("DELETE", _ACCOUNT): Route("Delete an account.", {204: _NOTHING}, headers=_MATCH),
+    ("GET", _ACCOUNT + "/tokens"): _list("Tokens.", "tokens", TokenView, TOKENS),
+    ("POST", _ACCOUNT + "/tokens"): Route(
+        "Make a token, which only this answer has.", {201: _json(NewTokenView)},
+        _body(models.TokenCreation),
+    ),
+    ("DELETE", _ACCOUNT + "/tokens/{token_id}"): Route(
+        "Make a token worthless.", {204: _NOTHING}
+    ),
+    ("GET", "/v1/audit"): Route(
+        "Who changed what, and who was refused.",
+        {200: {JSON_TYPE: PageOf("audit", AuditView), LINES_TYPE: _TEXT}},
+        parameters={
+            "limit": {"type": "integer", "minimum": 1, "maximum": query.PAGE_LENGTH_MAX},
+            "after": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+            **{name: _TEXT for name in FILTERS},
+        },
+    ),
+    ("POST", "/v1/audit/prune"): Route(
+        "Delete old lines of the audit log.", {200: _json(PruningView)}, _body(models.AuditPruning)
     ),
     ("GET", "/v1/launches"): _list(
         "Launches.", "launches", representations.LaunchView, LAUNCHES

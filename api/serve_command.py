@@ -2,10 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 
 import click
 
+from stratocache.api.durable_file import write_durably
 from stratocache.api.examples import examples
 from stratocache.api.session import Session
 from stratocache.cache.errors import InvalidInput
@@ -53,23 +53,3 @@ def serve(session: Session, settings: tuple[str, ...]) -> None:
     ]  # fmt: skip
     sys.stdout.flush()
     os.execv(sys.executable, command)  # the supervisor has no need of what was imported here
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file, mode 0600: write beside it, fsync, rename, fsync the directory."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        fresh.rename(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import cast
 
 from stratocache.api.problem import FailedOperation
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import ErrorRecord, Unreachable, from_record
+from stratocache.cache.structured_log import ON_BEHALF
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Operation
@@ -52,6 +54,7 @@ class Service:
 
     def start(self, operation: Operation, wait_s: float) -> Operation:
         """Tell `blockd` of a new operation and wait for its end, `wait_s` seconds at most."""
+        ON_BEHALF.set(replace(ON_BEHALF.get(), operation_id=operation.id))
         if not operation.finished:
             poke(self.configuration.poke_socket)
         return self.wait(operation, wait_s)

@@ -5,13 +5,15 @@ A variable names a key in capitals, with two underscores between a table and its
 `STRATOCACHE_STATE_DIR`, `STRATOCACHE_ISCSI__PORT`. Flags are given as dotted keys (`iscsi.port`).
 """
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stratocache.cache.errors import InvalidInput
 from stratocache.cache.networks import Network
@@ -64,6 +66,13 @@ class CatalogueSettings(_Table):
     """By e-mail address, or by the SHA-256 fingerprint of a certificate, which goes before it."""
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class FetchSettings(_Table):
     """Downloads: limits that a hostile or slow server meets."""
 
@@ -98,8 +107,37 @@ class IscsiSettings(_Table):
     """Program to run with the back end `tgt`, looked up on PATH."""
 
 
+class OidcSettings(_Table):
+    """One issuer of OpenID Connect tokens that is believed to know who people are."""
+
+    issuer: Annotated[str, Field(pattern=r"^https?://[^\s/][^\s]*$")]
+    """As the tokens' `iss` has it, to the letter."""
+    audience: Annotated[str, Field(min_length=1)]
+    """What the tokens' `aud` must contain: they are meant for us."""
+    jwks_file: Path | None = None
+    jwks_url: Annotated[str, Field(pattern=r"^https?://[^\s/][^\s]*$")] | None = None
+    """Where the issuer's keys are: one of the two. Plain http only from this machine."""
+    user_claim: str = "preferred_username"
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@-]{0,32}$")] = ""
+    """Goes before the name: keeps an issuer's users apart from others. Without it the issuer can say
+    of anybody that they are any of our users."""
+    role_claim: str | None = None
+    """A text or a list of texts, such as `groups`."""
+    roles: dict[str, Literal["user", "operator", "admin"]] = {}
+    """What a value of it makes of somebody without an account; the highest counts, else user."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.jwks_file is None) == (self.jwks_url is None):
+            raise ValueError("give jwks_file or jwks_url, one of them")
+        parts = urlsplit(self.jwks_url or "")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            raise ValueError("jwks_url must begin with https://: who gives keys gives identities")
+        return self
+
+
 class ApiSettings(_Table):
-    """The HTTP API on its Unix socket."""
+    """The HTTP API on its Unix socket and, with an address, on the network."""
 
     workers: Annotated[int, Field(ge=1, le=32)] = 2
     threads: Annotated[int, Field(ge=1, le=128)] = 16
@@ -108,6 +146,35 @@ class ApiSettings(_Table):
     limit, which administrators on the Unix socket never have."""
     group: str = "stratocache"
     """Members of this Unix group are administrators, as root is."""
+    address: str = ""
+    """To serve the network on, such as `0.0.0.0` or `::`; empty = the Unix socket only."""
+    port: Port = 8443
+    tls: bool = True
+    """False only on a loopback address: for a proxy on this machine that speaks TLS for us, and
+    whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed."""
+    certificate_file: Path | None = None
+    """PEM, with its chain; without one `STATE_DIR/tls/` gets a self-signed one at the first start."""
+    key_file: Path | None = None
+    client_ca_file: Path | None = None
+    """PEM bundle of authorities whose certificates users may show instead of a token."""
+    oidc: tuple[OidcSettings, ...] = ()
+
+    @model_validator(mode="after")
+    def _protected(self) -> Self:
+        if self.address and not self.tls and not _is_loopback(self.address):
+            raise ValueError("tls = false needs a loopback address: passwords would be readable")
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file go together")
+        if self.address and not self._is_address():
+            raise ValueError("address is an IP address, such as 0.0.0.0 or ::")
+        return self
+
+    def _is_address(self) -> bool:
+        try:
+            ipaddress.ip_address(self.address)
+        except ValueError:
+            return False
+        return True
 
 
 class SpaceSettings(_Table):
@@ -233,6 +300,11 @@ class Configuration(_Table):
     def api_socket(self) -> Path:
         """The Unix socket that the HTTP API listens on."""
         return self.run_dir / "api.sock"
+
+    @property
+    def first_token_file(self) -> Path:
+        """The token that the first account is made with, as long as there is none."""
+        return self.state_dir / "first-token"
 
     @property
     def poke_socket(self) -> Path:

@@ -12,16 +12,12 @@ from typing import Any
 
 from stratocache.cache import distinguished_name
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
+from stratocache.fs import pages
 from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller, Role
 from stratocache.fs.state import Database, now
 
 _FINGERPRINT = re.compile(r"sha256:([0-9A-Fa-f]{2}:?){32}")
-_COLUMNS = (
-    "name, role, enabled, certificate_subject, quota_bytes, quota_disks, quota_attachments, "
-    "created_at, last_login_at, password_hash IS NOT NULL AS has_password"
-)
-"""All but what nobody is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +66,23 @@ class AccountRequest:
 
 
 def account_from(row: sqlite3.Row) -> Account:
-    """Read the columns of an account."""
-    fields = {name: row[name] for name in Account.__slots__}
-    for name in ("enabled", "has_password"):
-        fields[name] = bool(fields[name])
-    return Account(**fields)
+    """Read an `accounts` row, but for what nobody is shown."""
+    fields = {name: row[name] for name in Account.__slots__ if name != "has_password"}
+    fields["enabled"] = bool(row["enabled"])
+    return Account(**fields, has_password=row["password_hash"] is not None)
 
 
-def accounts(db: Database) -> list[Account]:
-    """Return all accounts, by name."""
-    return [account_from(row) for row in db.rows(f"SELECT {_COLUMNS} FROM accounts ORDER BY name")]
+def accounts(
+    db: Database, *, role: str | None = None, page: pages.Page | None = None
+) -> list[Account]:
+    """Return all accounts, by name, of one role if given; as `pages.select` with a page."""
+    rows = pages.select(db, "accounts", "name", equal={"role": role}, page=page)
+    return [account_from(row) for row in rows]
 
 
 def find_account(db: Database, name: str) -> Account | None:
     """Return an account, or None."""
-    row = db.row(f"SELECT {_COLUMNS} FROM accounts WHERE name = ?", name)
+    row = db.row("SELECT * FROM accounts WHERE name = ?", name)
     return account_from(row) if row else None
 
 
@@ -98,7 +96,7 @@ def account(db: Database, name: str) -> Account:
 
 def find_by_certificate(db: Database, key: str) -> Account | None:
     """Return the account of a certificate, by a form that `certificate_key` gives, or None."""
-    row = db.row(f"SELECT {_COLUMNS} FROM accounts WHERE certificate_key = ?", key)
+    row = db.row("SELECT * FROM accounts WHERE certificate_key = ?", key)
     return account_from(row) if row else None
 
 

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stratocache.fs.fuse_mount import FuseMount
 from stratocache.fs.handover import own
 from stratocache.fs.holder import Holder
-from stratocache.fs.listener import listen_tcp
+from stratocache.fs.network_server import NetworkServer
 from stratocache.fs.portal import Portal
 from stratocache.fs.processes import Child, Launch
 from stratocache.fs.run_directory import RunDirectory
@@ -49,19 +50,20 @@ class Settings:
     peers_address: str = ""
     """Where peers are served; empty = nowhere."""
     peers_port: int = 0
+    web_address: str = ""
+    """Where people and programs of the network are served; empty = nowhere."""
+    web_port: int = 0
 
 
 class Crew:
     """The children of one supervisor. `mount` and `listener` are set before any is started.
 
-    `commands` replaces the module of `blockd` (with its first arguments) or the programs of `api` and
-    `peers`.
+    `commands` replaces the module of `blockd` (with its first arguments) or the programs of `api`,
+    `peers` and `web`.
     """
 
     mount: FuseMount | None = None
     listener: socket.socket | None = None
-    peer_listener: socket.socket | None = None
-    """Made when it can be, unless a predecessor left one: nothing else waits for it."""
 
     def __init__(self, settings: Settings, commands: Mapping[str, Sequence[str]]) -> None:
         self._settings = settings
@@ -77,31 +79,40 @@ class Crew:
         self._api_command = commands.get(
             "api", [sys.executable, "-m", "stratocache.api.server"]
         )  # fmt: skip
-        self._peers_command = commands.get(
-            "peers", [sys.executable, "-m", "stratocache.api.peer_server"]
-        )  # fmt: skip
         self.holder = Child("holder", self._log_file("holder"))
         self.blockd = Child("blockd", self._log_file("blockd"))
         self.tgtd = Child("tgtd", self._log_file("tgtd"))
         self.api = Child("api", self._log_file("api"))
-        self.peers = Child("peers", self._log_file("peers"))
+        self.networked = tuple(
+            NetworkServer(
+                Child(name, self._log_file(name)),
+                commands.get(name, [sys.executable, "-m", module]),
+                *addresses,
+            )
+            for name, module, addresses in (
+                ("peers", "stratocache.api.peer_server",
+                 (settings.peers_address, settings.peers_port)),
+                ("web", "stratocache.api.web_server", (settings.web_address, settings.web_port)),
+            )
+        )  # fmt: skip
+        """Servers of the network, wanted or not."""
         self.spare = Child("spare", self._log_file("blockd"))
         self.spare.due_at = math.inf
         self._standby = Standby(
             self.blockd, self.spare, commands.get("blockd", ["stratocache.fs.blockd"])
         )
         self._holder = Holder(self.holder, self._directory.blocks if lio else None)
-        asking = (self.api, self.peers) if settings.peers_address else (self.api,)
-        self.asking: tuple[Child, ...] = asking
+        wanted = [server for server in self.networked if server.wanted]
+        self.asking: tuple[Child, ...] = (self.api, *(server.child for server in wanted))
         """Who reads and writes the state beside `blockd`."""
-        self.children = (self.holder, self.blockd, self.tgtd, *asking, self.spare)
+        self.children = (self.holder, self.blockd, self.tgtd, *self.asking, self.spare)
         self._launch: dict[Child, Callable[[], None]] = {
             self.holder: self._start_holder,
             self.blockd: self._start_blockd,
             self.tgtd: self._start_tgtd,
             self.api: self._start_api,
-            self.peers: self._start_peers,
             self.spare: self._start_spare,
+            **{server.child: partial(self._start_networked, server) for server in self.networked},
         }
 
     def _log_file(self, program: str) -> Path | None:
@@ -116,12 +127,6 @@ class Crew:
     def ready(self) -> bool:
         """Whether everybody does what guests and clients wait for."""
         return self.blockd.ready and self.tgtd.ready and self.api.ready
-
-    def listen_for_peers(self) -> None:
-        """Have the socket that peers connect to, if they are served; raises `OSError`."""
-        settings = self._settings
-        if self.peer_listener is None and settings.peers_address:
-            self.peer_listener = listen_tcp(settings.peers_address, settings.peers_port)
 
     def start_due(self) -> None:
         """Start whoever is due; one that cannot be started is tried again later."""
@@ -211,10 +216,8 @@ class Crew:
         assert self.listener is not None
         self._start_server(self.api, self._api_command, self.listener)
 
-    def _start_peers(self) -> None:
-        self.listen_for_peers()
-        assert self.peer_listener is not None
-        self._start_server(self.peers, self._peers_command, self.peer_listener)
+    def _start_networked(self, server: NetworkServer) -> None:
+        self._start_server(server.child, server.command, server.listen())
 
     def _start_server(self, child: Child, command: Sequence[str], listening: socket.socket) -> None:
         """Start a server on a socket of ours, with a pipe on which it says that it serves."""

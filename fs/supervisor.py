@@ -27,7 +27,7 @@ from stratocache.cache.errors import StratocacheError
 from stratocache.cache.structured_log import LogFormat, configure_log
 from stratocache.fs import handover
 from stratocache.fs.crew import Crew, Settings
-from stratocache.fs.listener import listen, listens_at, listens_on
+from stratocache.fs.listener import listen, listens_at
 from stratocache.fs.mount_keeper import STORED_AS, MountKeeper
 from stratocache.fs.poke import poke
 from stratocache.fs.pool import Pool
@@ -47,7 +47,6 @@ _SPARE_DELAY_S = 0.5  # guests that waited for blockd need the processors first
 _API_DELAY_S = 3.0  # at most, at our own start: nobody's disk waits for the API
 _UPGRADE_INTERVAL_S = 0.02
 _STORED_API = "api"
-_STORED_PEERS = "peers"
 
 
 class Supervisor:
@@ -145,10 +144,12 @@ class Supervisor:
             directory.api_socket, self._settings.group
         )
         self._manager.store(_STORED_API, self._crew.listener.fileno())
-        self._crew.peer_listener = self._stored_peer_listener(stored.get(_STORED_PEERS))
-        with suppress(OSError):  # said, and tried again, when they are to be served
-            self._crew.listen_for_peers()
-        self._store_peer_listener()
+        for server in self._crew.networked:
+            server.take(stored)
+            if server.wanted:
+                with suppress(OSError):  # said, and tried again, when it is to be served
+                    server.listen()
+            server.store(self._manager)
         for child in self._crew.asking:
             child.due_at = time.monotonic() + _API_DELAY_S
 
@@ -160,26 +161,13 @@ class Supervisor:
             return None
         return socket.socket(fileno=descriptor)
 
-    def _store_peer_listener(self) -> None:
-        if self._crew.peer_listener is not None:
-            self._manager.store(_STORED_PEERS, self._crew.peer_listener.fileno())
-
-    def _stored_peer_listener(self, descriptor: int | None) -> socket.socket | None:
-        if descriptor is None:
-            return None
-        settings = self._settings
-        if not listens_on(descriptor, settings.peers_address, settings.peers_port):
-            os.close(descriptor)
-            return None
-        return socket.socket(fileno=descriptor)
-
     def _resume(self, handed: Mapping[str, Any]) -> None:
         """Go on after our own re-execution, and let the new code take over from there."""
         self._pool = Pool.read(self._settings.state_dir)
         self._keeper.resume(handover.own(handed["fuse"]))
         self._crew.listener = socket.socket(fileno=handover.own(handed["listener"]))
-        if handed.get("peer_listener") is not None:  # a predecessor may know nothing of peers
-            self._crew.peer_listener = socket.socket(fileno=handover.own(handed["peer_listener"]))
+        for server in self._crew.networked:
+            server.resume(handed)
         self._crew.resume(handed["children"])
         self._announced = handed["announced"]
         self._upgrading.resume(handed, lambda: self._fault)
@@ -223,8 +211,9 @@ class Supervisor:
             if not self._announced:
                 for asking in crew.asking:
                     asking.due_at = 0.0
-        if child is crew.peers:
-            self._store_peer_listener()
+        for server in crew.networked:
+            if child is server.child:
+                server.store(self._manager)
         if not self._announced and crew.ready:
             print(READY_LINE, flush=True)
             self._announce()
@@ -262,18 +251,21 @@ class Supervisor:
         crew.drop_spare()
         handover.hold_signals()
         if not self._stopping:
+            listeners = {
+                name: descriptor
+                for server in crew.networked
+                for name, descriptor in server.handed_over().items()
+            }
             state = {
                 "lock": self._lock,
                 "fuse": crew.mount.descriptor,
                 "listener": crew.listener.fileno(),
-                "peer_listener": crew.peer_listener and crew.peer_listener.fileno(),
+                **listeners,
                 "children": crew.handed_over(),
                 "announced": self._announced,
                 "asked": self._upgrading.asked,
             }
-            ours = [self._lock, crew.mount.descriptor, crew.listener.fileno()]
-            if crew.peer_listener is not None:
-                ours.append(crew.peer_listener.fileno())
+            ours = [self._lock, crew.mount.descriptor, crew.listener.fileno(), *listeners.values()]
             self._upgrading.execute(state, [*ours, *crew.descriptors])
             crew.spare.due_at = 0.0
         handover.release_signals()
@@ -308,16 +300,17 @@ class Supervisor:
         if self._announced:
             self._manager.notify("STOPPING=1")
         self._manager.remove(_STORED_API)
-        self._manager.remove(_STORED_PEERS)
         crew = self._crew
+        for server in crew.networked:
+            self._manager.remove(server.name)
         crew.stop_asking()
         self._keeper.end()
         crew.stop_all()  # the abort frees one that waited on the mount
         if crew.listener is not None:
             crew.listener.close()
             self._directory.api_socket.unlink(missing_ok=True)
-        if crew.peer_listener is not None:
-            crew.peer_listener.close()
+        for server in crew.networked:
+            server.close()
         if self._pool is not None:
             self._pool.unmount()
         self._directory.remove_leftovers()
@@ -344,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configuration = json.loads(given.config_json.read_text())
     iscsi = configuration["iscsi"]
-    peers = configuration.get("peers", {})  # of a version that wrote none
+    api, peers = configuration["api"], configuration.get("peers", {})  # older versions wrote less
     settings = Settings(
         run_dir=given.run_dir.resolve(),
         state_dir=given.state_dir.resolve(),
@@ -353,10 +346,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port=iscsi["port"],
         tgtd=iscsi["tgtd"],
         backend=iscsi["backend"],
-        group=configuration["api"]["group"],
+        group=api["group"],
         log_dir=given.log_dir,
         peers_address=peers.get("listen", ""),
         peers_port=peers.get("port", 0),
+        web_address=api.get("address", ""),
+        web_port=api.get("port", 0),
     )
     form = configuration.get("log", {}).get("format", "text")
     return run_reporting(Supervisor(settings), configuration["log_level"], form)

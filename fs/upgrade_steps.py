@@ -85,8 +85,8 @@ def rolling(
 ) -> Iterator[None]:
     """Let the new code take over, process by process; `fault` says why `blockd` is given up.
 
-    The new `blockd` has done its imports before the old one ends. The API, and what serves peers, end
-    before it, since the new one may change the schema of the state, and start after it; their
+    The new `blockd` has done its imports before the old one ends. The API, and what serves the network,
+    end before it, since the new one may change the schema of the state, and start after it; their
     clients wait.
     """
     crew.spare.due_at = 0.0
@@ -99,7 +99,8 @@ def rolling(
         yield
     for child in crew.asking:
         child.held = True
-    yield from _end(crew.peers, signal.SIGTERM)
+    for server in crew.networked:
+        yield from _end(server.child, signal.SIGTERM)
     api_since = time.monotonic()
     yield from _end(crew.api, signal.SIGTERM)
     yield from _replace_blockd(crew, record, fault)

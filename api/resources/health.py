@@ -10,6 +10,7 @@ from stratocache import __version__
 from stratocache.api import answers, models, query, readiness, sizes
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.service import Service
+from stratocache.api.web_certificate import fingerprint
 from stratocache.cache.errors import Unreachable
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ CAPABILITIES = (
     "events",
     "references",
     "overview",
+    "accounts",
     "cache",
     "metrics",
     "catalogue:stratuslab",
@@ -59,6 +61,7 @@ class Index:
                 "page_length": query.PAGE_LENGTH,
                 "page_length_max": query.PAGE_LENGTH_MAX,
             },
+            "tls_certificate_sha256": fingerprint(self._service.configuration),
             "caller": {
                 "name": caller.name,
                 "role": caller.role,

@@ -9,8 +9,8 @@ import pytest
 from support.command_line import error, run_alone
 from support.peer_hosts import HOST, FalsePeer, Site, answer
 
+from stratocache.api.certificates import is_issued_by, remaining_days
 from stratocache.api.doctor import Verdict, examine, peers_finding
-from stratocache.api.peer_certificates import is_issued_by, remaining_days
 from stratocache.cache.configuration import Configuration, PeersSettings
 from stratocache.cache.errors import StratocacheError
 from stratocache.cache.peer_token import TOKEN

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.command_line import error, run_alone
 
-from stratocache.api.serve_command import write_durably
+from stratocache.api.durable_file import write_durably
 from stratocache.cache.configuration import Configuration
 
 

@@ -52,8 +52,8 @@ def appliance(tmp_path: Path, manager: ServiceManager) -> Iterator[Supervised]:
 
 @pytest.fixture
 def peer(tmp_path: Path, manager: ServiceManager) -> Iterator[Supervised]:
-    """The same, that serves peers too."""
-    supervised = Supervised(tmp_path, export=True, peers=True)
+    """The same, that serves peers and the web too."""
+    supervised = Supervised(tmp_path, export=True, peers=True, web=True)
     supervised.manager = manager
     with supervised:
         yield supervised
@@ -135,20 +135,25 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 
 def test_clients_and_peers_wait(peer: Supervised) -> None:
-    """A client, or a peer, that comes while no supervisor runs is answered by the next one's
-    children."""
+    """A client of either kind, or a peer, that comes while no supervisor runs is answered by the
+    next one's children."""
     assert peer.process is not None
     peer.process.kill()
     peer.wait()
-    with peer.connect() as client, peer.connect_as_peer() as other:
+    with (
+        peer.connect() as client,
+        peer.connect_as_peer() as other,
+        peer.connect_as_web() as browser,
+    ):
         peer.start()
         assert int(client.recv(100)) == peer.child("api")
         assert int(other.recv(100)) == peer.child("peers")
+        assert int(browser.recv(100)) == peer.child("web")
 
 
 def test_stopped_appliance_stores_nothing(peer: Supervised, manager: ServiceManager) -> None:
     """While it runs, the connection and the listening sockets are stored; after a stop nothing is."""
-    assert set(manager.stored) == {"fuse", "api", "peers"}
+    assert set(manager.stored) == {"fuse", "api", "peers", "web"}
 
     assert peer.stop() == 0
     manager.wait_for("STOPPING=1")

@@ -32,15 +32,15 @@ def appliance(tmp_path: Path) -> Iterator[Supervised]:
 
 @pytest.fixture
 def peer(tmp_path: Path) -> Iterator[Supervised]:
-    """A running appliance whose disk is exported, and that serves peers."""
-    with Supervised(tmp_path, export=True, peers=True) as supervised:
+    """A running appliance whose disk is exported, and that serves peers and the web."""
+    with Supervised(tmp_path, export=True, peers=True, web=True) as supervised:
         yield supervised
 
 
 def pids_of(appliance: Supervised) -> dict[str, int]:
     """Return the process ids of the supervisor and of its children."""
     assert appliance.process is not None
-    names = ("holder", "blockd", "tgtd", "api", *(["peers"] if appliance.peers_port else []))
+    names = ("holder", "blockd", "tgtd", "api", *(["peers", "web"] if appliance.peers_port else []))
     return {name: appliance.child(name) for name in names} | {"supervisor": appliance.process.pid}
 
 
@@ -75,13 +75,14 @@ def asking(connect: Callable[[], socket.socket]) -> Iterator[list[int]]:
 @pytest.mark.slow
 def test_upgrade_is_a_pause(peer: Supervised) -> None:
     """Upgrades one after another keep the supervisor's process and replace blockd, the API and what
-    serves peers; tgtd is replaced only when asked for. The guest sees no error, clients and peers are
-    not refused."""
+    serves the network; tgtd is replaced only when asked for. The guest sees no error, clients and
+    peers are not refused."""
     with (
         Guest(initiator(peer)) as guest,
         BusyGuest(guest) as busy,
         asking(peer.connect) as answered,
         asking(peer.connect_as_peer) as peers_answered,
+        asking(peer.connect_as_web) as web_answered,
     ):
         for tgtd in (False, False, True):
             before = pids_of(peer)
@@ -94,9 +95,10 @@ def test_upgrade_is_a_pause(peer: Supervised) -> None:
             print(f"{rolled}, guest {busy.pause():.2f} s")
             assert list(rolled) == ["blockd", "api", *(["tgtd"] if tgtd else [])]
             replaced = {name for name, pid in before.items() if after[name] != pid}
-            assert replaced == {*rolled, "peers"}
+            assert replaced == {*rolled, "peers", "web"}
         assert {before["api"], after["api"]} <= set(answered)
         assert {before["peers"], after["peers"]} <= set(peers_answered)
+        assert {before["web"], after["web"]} <= set(web_answered)
     assert peer.stop() == 0
     assert peer.mounts() == 0
 
@@ -106,7 +108,7 @@ def test_child_that_dies_after_an_upgrade_is_replaced(peer: Supervised) -> None:
     and all die with it."""
     assert peer.upgrade().progress is Progress.DONE
     before = pids_of(peer)
-    for name in ("holder", "blockd", "tgtd", "api", "peers"):
+    for name in ("holder", "blockd", "tgtd", "api", "peers", "web"):
         peer.kill(name)
 
     assert initiator(peer).io("write -P 2 0 4k").returncode == 0
@@ -115,7 +117,7 @@ def test_child_that_dies_after_an_upgrade_is_replaced(peer: Supervised) -> None:
     assert peer.process is not None
     peer.process.kill()
     peer.wait()
-    for name in ("holder", "blockd", "tgtd", "api", "peers"):
+    for name in ("holder", "blockd", "tgtd", "api", "peers", "web"):
         wait_for_end(after[name])
 
 

@@ -37,6 +37,7 @@ _PYTHON = sys.executable
 FUSE_CHILD = ("support.fuse_child",)
 API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
 PEERS_CHILD = (_PYTHON, "-m", "support.supervised", "--as-peers")
+WEB_CHILD = (_PYTHON, "-m", "support.supervised", "--as-web")
 
 
 class Supervised:
@@ -44,12 +45,13 @@ class Supervised:
 
     def __init__(
         self, root: Path, *, export: bool = False, resend: bool = True, api: str = "normal",
-        peers: bool = False,
+        peers: bool = False, web: bool = False,
     ) -> None:  # fmt: skip
         self.state_dir = root / "state"
         self.directory = RunDirectory(root / "run")
         self.port = free_port()
         self.peers_port = free_port() if peers else 0
+        self.web_port = free_port() if web else 0
         self.log = root / "log"
         self.config_json = root / "configuration.json"
         self._options = [
@@ -69,6 +71,7 @@ class Supervised:
                 "run_dir": self.directory.path,
                 "iscsi": {"port": self.port},
                 "peers": {"listen": "127.0.0.1", "port": self.peers_port} if peers else {},
+                "api": {"address": "127.0.0.1", "port": self.web_port} if web else {},
             }
         )
         self.config_json.write_text(configuration.model_dump_json())
@@ -114,6 +117,7 @@ class Supervised:
             "tgtd": "tgtd",
             "api": "--as-api",
             "peers": "--as-peers",
+            "web": "--as-web",
             "holder": "stratocache.fs.holder",
         }
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -155,6 +159,10 @@ class Supervised:
     def connect_as_peer(self) -> socket.socket:
         """Connect to what serves peers, which says its process id when it answers."""
         return socket.create_connection(("127.0.0.1", self.peers_port), timeout=START_TIMEOUT_S)
+
+    def connect_as_web(self) -> socket.socket:
+        """Connect to what serves the network, which says its process id when it answers."""
+        return socket.create_connection(("127.0.0.1", self.web_port), timeout=START_TIMEOUT_S)
 
     def status(self) -> SupervisorStatus | None:
         """Return what the supervisor says about itself."""
@@ -282,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the supervisor with the children of tests, or be one of them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config-json", type=Path, required=True)
-    parser.add_argument("--as-api", "--as-peers", action="store_true")
+    parser.add_argument("--as-api", "--as-peers", "--as-web", action="store_true")
     parser.add_argument("--listen-fd", type=int)
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--export", action="store_true")
@@ -302,9 +310,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             port=configuration.iscsi.port,
             peers_address=configuration.peers.listen,
             peers_port=configuration.peers.port,
+            web_address=configuration.api.address,
+            web_port=configuration.api.port,
         ),
         commands={
             "peers": PEERS_CHILD,
+            "web": WEB_CHILD,
             "blockd": [*FUSE_CHILD, *(["--export"] if given.export else [])],
             "api": apis[given.api],
         },

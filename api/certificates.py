@@ -1,4 +1,5 @@
-"""An authority of a site's own for its peers, and a certificate for each of them."""
+"""Certificates that we make: an authority for a site's peers, one for each of them, and one that a
+host signs for itself."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from stratocache.cache.errors import InvalidInput
 
 _AUTHORITY_DAYS = 3650
 _HOST_DAYS = 730
+_OWN_DAYS = 3650
+"""Of what a host signs for itself: whoever pinned its fingerprint is not to be asked again."""
 RENEW_DAYS = 60
 """A certificate that is valid for less is made again."""
 _CLOCK_SLACK = timedelta(hours=1)
@@ -57,17 +60,16 @@ def make_host(authority: Pair, names: Sequence[str]) -> Pair:
     issuer, issuer_key = _load(authority)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:_NAME_MAX])])
-    certificate = (
-        _builder(
-            subject, issuer.subject, key.public_key(), issuer_key.public_key(), _HOST_DAYS
-        )
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(list(map(_alternative, names))), critical=False)
-        .sign(issuer_key, hashes.SHA256())
-    )  # fmt: skip
-    return _pair(certificate, key)
+    draft = _builder(subject, issuer.subject, key.public_key(), issuer_key.public_key(), _HOST_DAYS)
+    return _pair(_for_server(draft, names).sign(issuer_key, hashes.SHA256()), key)
+
+
+def make_self_signed(names: Sequence[str]) -> Pair:
+    """Return a certificate that a host signs for itself, known by `names` as with `make_host`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:_NAME_MAX])])
+    draft = _builder(name, name, key.public_key(), key.public_key(), _OWN_DAYS)
+    return _pair(_for_server(draft, names).sign(key, hashes.SHA256()), key)
 
 
 def serves_still(pair: Pair, authority: Pair, names: Sequence[str]) -> bool:
@@ -123,6 +125,15 @@ def _builder(
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False
         )
+    )
+
+
+def _for_server(draft: x509.CertificateBuilder, names: Sequence[str]) -> x509.CertificateBuilder:
+    return (
+        draft.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(list(map(_alternative, names))), critical=False)
     )
 
 
