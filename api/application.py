@@ -18,16 +18,16 @@ from stratocache.api.problem import add_handlers
 from stratocache.api.rate_limit import RateLimit
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.request_log import RequestLog
-from stratocache.api.resources.attachments import (
-    AttachmentCollection,
-    AttachmentItem,
-    AttachmentOverview,
-)
 from stratocache.api.resources.accounts import (
     AccountCollection,
     AccountItem,
     TokenCollection,
     TokenItem,
+)
+from stratocache.api.resources.attachments import (
+    AttachmentCollection,
+    AttachmentItem,
+    AttachmentOverview,
 )
 from stratocache.api.resources.audit import AuditLog, AuditPrune
 from stratocache.api.resources.cache import CacheEviction, CachePlan, CacheScrub, CacheStatus

@@ -89,7 +89,6 @@ class RateLimit:
         if self._strangers is not None and stranger and address:
             self._strangers.wait_s(address, take=True)
 
-
     def _address(self, request: falcon.Request) -> str:
         return "" if is_unix(request) else client_address(request, self._settings)
 
@@ -98,5 +97,3 @@ def _require(response: falcon.Response, wait_s: float) -> None:
     if wait_s > 0:
         response.set_header("Retry-After", str(math.ceil(wait_s)))
         raise HttpProblem(429, "rate-limited", "That was too often; wait as Retry-After says.")
-
-

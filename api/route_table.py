@@ -341,7 +341,7 @@ ROUTES: dict[tuple[str, str], Route] = {
         parameters={
             "limit": {"type": "integer", "minimum": 1, "maximum": query.PAGE_LENGTH_MAX},
             "after": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
-            **{name: _TEXT for name in FILTERS},
+            **dict.fromkeys(FILTERS, _TEXT),
         },
     ),
     ("POST", "/v1/audit/prune"): Route(

@@ -12,7 +12,7 @@ from typing import Any
 
 from stratocache.cache import distinguished_name
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
-from stratocache.fs import pages
+from stratocache.fs import pages, quotas
 from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller, Role
 from stratocache.fs.state import Database, now
@@ -39,16 +39,6 @@ class Account:
     def caller(self) -> Caller:
         """What this account may do at most."""
         return Caller(self.name, self.role)
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What counts against the quotas of somebody."""
-
-    bytes: int
-    """Sizes of disks that they own."""
-    disks: int
-    attachments: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +94,6 @@ def password_hash(db: Database, name: str) -> str | None:
     """Return the hash that a password is judged by, None when there is no log-in by password."""
     row = db.row("SELECT password_hash FROM accounts WHERE name = ? AND enabled = 1", name)
     return row["password_hash"] if row else None
-
-
-def usage(db: Database, name: str) -> Usage:
-    """Return what counts against somebody's quotas now."""
-    row = db.row(
-        "SELECT coalesce(sum(size_bytes), 0), count(*), (SELECT count(*) FROM attachments "
-        "WHERE owner = ?1 AND state <> 'removing') FROM disks "
-        "WHERE owner = ?1 AND state <> 'deleting'",
-        name,
-    )
-    assert row is not None
-    return Usage(*row)
 
 
 def certificate_key(subject: str) -> str:
@@ -202,7 +180,7 @@ def update_account(db: Database, caller: Caller, name: str, changes: dict[str, A
 
 
 def delete_account(db: Database, caller: Caller, name: str) -> None:
-    """Delete an account with its tokens and sessions.
+    """Delete an account with its tokens, sessions, and what was shared with it.
 
     Raises `Conflict` (`account-in-use`) while it owns disks or attachments: who gets the name next
     would own them.
@@ -210,13 +188,14 @@ def delete_account(db: Database, caller: Caller, name: str) -> None:
     require_administrator(caller)
     with db.transaction() as connection:
         account(db, name)
-        used = usage(db, name)
+        used = quotas.used(connection, name)
         if used.disks or used.attachments:
             raise Conflict(
                 "account-in-use",
                 f"{name} owns {used.disks} disks and {used.attachments} attachments; give them to "
                 "somebody else or delete them first, or disable the account.",
             )
+        connection.execute("DELETE FROM disk_shares WHERE user = ?", (name,))
         connection.execute("DELETE FROM accounts WHERE name = ?", (name,))
 
 

@@ -15,7 +15,7 @@ from stratocache.fs.intents import (
     stop_work,
 )
 from stratocache.fs.migrations import require_settled
-from stratocache.fs.quotas import Wanted
+from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation, Visibility
 from stratocache.fs.rights import require_read
 from stratocache.fs.state import Database, now, record_event
@@ -41,7 +41,7 @@ def create_disk(db: Database, caller: Caller, request: DiskRequest) -> Operation
     uuid = str(uuid_module.uuid4())
     with db.transaction() as connection:
         if request.reference is not None:  # else when its row is made
-            wanted = Wanted(bytes=request.size_bytes or 0, disks=1)
+            wanted = Amounts(bytes=request.size_bytes or 0, disks=1)
             quotas.require(connection, caller.name, wanted)
         if request.snapshot is not None:
             _insert_clone(connection, db, caller, uuid, request, request.snapshot)
@@ -121,7 +121,7 @@ def resize_disk(db: Database, caller: Caller, uuid: str, size_bytes: int) -> Ope
         _require_available(disk)
         require_settled(db, uuid)
         growth_bytes = size_bytes - max([disk.size_bytes, *_growing_to(db, uuid)])
-        quotas.require(connection, disk.owner, Wanted(bytes=growth_bytes))
+        quotas.require(connection, disk.owner, Amounts(bytes=growth_bytes))
         return add_operation(connection, caller, "resize", uuid, {"size_bytes": size_bytes})
 
 
@@ -209,7 +209,7 @@ def insert_disk(
     """
     wanted_bytes = size_bytes or request.size_bytes
     assert wanted_bytes is not None
-    quotas.require(connection, owner, Wanted(bytes=wanted_bytes, disks=1))
+    quotas.require(connection, owner, Amounts(bytes=wanted_bytes, disks=1))
     connection.execute(
         "INSERT INTO disks (uuid, state, size_bytes, base_image, base_snapshot, base_manifest, "
         "owner, tag, visibility, kind, volatile, created_at) "

@@ -11,7 +11,7 @@ from stratocache.cache.errors import InvalidInput
 from stratocache.fs import quotas
 from stratocache.fs.content_upload import ContentFormat
 from stratocache.fs.intents import add_operation
-from stratocache.fs.quotas import Wanted
+from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, DiskRequest, Operation
 from stratocache.fs.state import Database
 
@@ -95,6 +95,6 @@ def import_disk(
     uuid = str(uuid_module.uuid4())
     request = {"disk": asdict(disk), "import": asdict(wanted)}
     with db.transaction() as connection:
-        held = Wanted(bytes=wanted.size_bytes or 0, disks=1)
+        held = Amounts(bytes=wanted.size_bytes or 0, disks=1)
         quotas.require(connection, caller.name, held)
         return add_operation(connection, caller, IMPORT_DISK, uuid, request)

@@ -9,7 +9,7 @@ from stratocache.fs.disk_intents import insert_disk
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK, ImportRequest
 from stratocache.fs.operations import finish
-from stratocache.fs.quotas import Wanted
+from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import DiskRequest, Operation
 from stratocache.fs.state import Database, record_event
 
@@ -40,7 +40,7 @@ class Importing:
     def _make(self, operation: Operation, size_bytes: int) -> None:
         uuid = operation.subject
         with self._db.transaction() as connection:  # before there are files
-            wanted = Wanted(bytes=size_bytes, disks=1)
+            wanted = Amounts(bytes=size_bytes, disks=1)
             quotas.require(connection, operation.owner, wanted)
         form = self._importer.install(self._disks, uuid, size_bytes)
         disk = DiskRequest(**operation.request["disk"])

@@ -17,7 +17,7 @@ from typing import Any
 from stratocache.cache.errors import Conflict, NotFound, Refused
 from stratocache.cache.structured_log import ON_BEHALF
 from stratocache.fs import content_hold, idempotency, inventory, quotas, records, rights
-from stratocache.fs.quotas import Wanted
+from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import (
     Access,
     Attachment,
@@ -279,7 +279,7 @@ def request_launch(db: Database, caller: Caller, request: LaunchRequest) -> Oper
             )
         for uuid in request.disks:
             check_attachable(db, caller, inventory.disk(db, caller, uuid), "rw")
-        held = Wanted(
+        held = Amounts(
             bytes=request.size_bytes or 0,
             disks=1,
             attachments=1 + len(request.disks) + len(request.readonly),
@@ -451,7 +451,7 @@ def insert_attachment(
     (`already-attached`) where a unique index says no, and what `quotas.require` raises.
     """
     if migrates is None:
-        quotas.require(connection, owner, Wanted(attachments=1))
+        quotas.require(connection, owner, Amounts(attachments=1))
     attachment_id = str(uuid_module.uuid4())
     connection.execute("UPDATE disks SET epoch = epoch + 1 WHERE uuid = ?", (disk_uuid,))
     try:

@@ -25,15 +25,15 @@ _USED = """
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What somebody would have more than now."""
+class Amounts:
+    """What quotas are about."""
 
     bytes: int = 0
     disks: int = 0
     attachments: int = 0
 
 
-def require(connection: sqlite3.Connection, owner: str, wanted: Wanted) -> None:
+def require(connection: sqlite3.Connection, owner: str, wanted: Amounts) -> None:
     """Raise `Refused` (`quota-bytes`, `quota-disks`, `quota-attachments`) when it is too much.
 
     Call within the transaction that records what is wanted, before it does.
@@ -45,15 +45,20 @@ def require(connection: sqlite3.Connection, owner: str, wanted: Wanted) -> None:
     ).fetchone()
     if limits is None or all(limit is None for limit in limits):
         return
-    used = connection.execute(_USED, (owner,)).fetchone()
+    present = used(connection, owner)
     for name in ("disks", "bytes", "attachments"):
-        limit, more = limits[name], getattr(wanted, name)
-        if limit is not None and more > 0 and used[name] + more > limit:
+        limit, more, has = limits[name], getattr(wanted, name), getattr(present, name)
+        if limit is not None and more > 0 and has + more > limit:
             raise Refused(
                 f"quota-{name}",
-                f"{owner} has {_amount(used[name], name)} and may have {_amount(limit, name)}; "
+                f"{owner} has {_amount(has, name)} and may have {_amount(limit, name)}; "
                 f"{_amount(more, name)} more are too much. Delete some, or ask an administrator.",
             )
+
+
+def used(connection: sqlite3.Connection, owner: str) -> Amounts:
+    """Return what counts for somebody now."""
+    return Amounts(*connection.execute(_USED, (owner,)).fetchone())
 
 
 def _amount(number: int, name: str) -> str:

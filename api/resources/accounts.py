@@ -13,7 +13,7 @@ from stratocache.api.problem import HttpProblem
 from stratocache.api.representations import Representation
 from stratocache.api.service import Service
 from stratocache.cache.errors import InvalidInput, Refused
-from stratocache.fs import accounts, tokens
+from stratocache.fs import accounts, quotas, tokens
 from stratocache.fs.accounts import Account, AccountRequest
 from stratocache.fs.records import Caller, Role, Scope
 from stratocache.fs.state import Database
@@ -44,7 +44,7 @@ class AccountView(Representation):
     @classmethod
     def of(cls, db: Database, account: Account) -> Self:
         """Show an account."""
-        used = accounts.usage(db, account.name)
+        used = quotas.used(db.connection, account.name)
         fields = {name: getattr(account, name) for name in Account.__slots__}
         return cls(
             **fields,

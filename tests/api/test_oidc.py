@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from joserfc.jwk import RSAKey
 from support.api_daemon import Api, problem
 from support.network_client import Stranger, add_account, stranger
 from support.oidc_issuer import AUDIENCE, Issuer, issuing
@@ -104,7 +105,8 @@ def test_forged_tokens_are_not_believed(api: Api, issuer: Issuer) -> None:
     or no token at all: nobody."""
     good = issuer.token("jane")
     header, payload, signature = good.split(".")
-    public = issuer.key_set()
+    public, first = issuer.key_set(), issuer.keys["first"]
+    assert isinstance(first, RSAKey)
     other = Issuer()
     other.url = issuer.url
     forged = encoded({**decoded(payload), "groups": ["admins"]})
@@ -112,7 +114,7 @@ def test_forged_tokens_are_not_believed(api: Api, issuer: Issuer) -> None:
         f"{encoded({'alg': 'none', 'kid': 'first'})}.{payload}.",
         f"{encoded({'alg': 'none'})}.{payload}.",
         hmac_token({"alg": "HS256", "kid": "first"}, payload, public),
-        hmac_token({"alg": "HS256"}, payload, issuer.keys["first"].as_pem(private=False)),
+        hmac_token({"alg": "HS256"}, payload, first.as_pem(private=False)),
         f"{header}.{forged}.{signature}",
         f"{header}.{payload}.{'A' * len(signature)}",
         other.token("jane"),

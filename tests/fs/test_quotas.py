@@ -9,7 +9,7 @@ import pytest
 from stratocache.cache.errors import Refused
 from stratocache.fs import accounts, disk_intents, intents, inventory, quotas
 from stratocache.fs.accounts import AccountRequest
-from stratocache.fs.quotas import Wanted
+from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
 from stratocache.fs.state import Database
 
@@ -128,6 +128,6 @@ def test_without_account_or_quota_there_is_no_limit(db: Database) -> None:
     """Unix users without an account, and accounts without quotas, have what fits the host."""
     accounts.create_account(db, ADMIN, AccountRequest("free"))
     for name in ("free", "stranger"):
-        quotas.require(db.connection, name, Wanted(bytes=2**60, disks=10**6, attachments=10**6))
+        quotas.require(db.connection, name, Amounts(bytes=2**60, disks=10**6, attachments=10**6))
     with refusal("quota-disks"):
-        quotas.require(db.connection, "anna", Wanted(disks=4))
+        quotas.require(db.connection, "anna", Amounts(disks=4))
