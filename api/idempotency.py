@@ -185,7 +185,7 @@ def _caller_name(request: falcon.Request, route: Route) -> str:
         raise HttpProblem(
             400,
             "idempotency-key-unsupported",
-            "The answer has a secret that is shown once and stored nowhere, so it could not be given "
-            "again; send the request without Idempotency-Key.",
+            "The request or its answer has a secret that is stored nowhere, so they could not be told "
+            "or given again; send the request without Idempotency-Key.",
         )
     return caller.name

@@ -313,13 +313,15 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     # accounts
     ("POST", "/v1/session"): Route(
-        "Log in; the answer sets a cookie.", {201: _json(SessionView)}, _body(models.SessionCreation)
+        "Log in; the answer sets a cookie.", {201: _json(SessionView)}, _body(models.SessionCreation),
+        replay="never",
     ),
     ("GET", "/v1/session"): Route("Who one is.", {200: _json(SessionView)}),
     ("DELETE", "/v1/session"): Route("Log out.", {204: _NOTHING}),
     ("GET", "/v1/accounts"): _list("Accounts.", "accounts", AccountView, ACCOUNTS),
     ("POST", "/v1/accounts"): Route(
-        "Create an account.", {201: _json(AccountView)}, _body(models.AccountCreation)
+        "Create an account.", {201: _json(AccountView)}, _body(models.AccountCreation),
+        replay="never",
     ),
     ("GET", _ACCOUNT): Route("One account.", {200: _json(AccountView)}),
     ("PATCH", _ACCOUNT): Route(
@@ -330,7 +332,7 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("GET", _ACCOUNT + "/tokens"): _list("Tokens.", "tokens", TokenView, TOKENS),
     ("POST", _ACCOUNT + "/tokens"): Route(
         "Make a token, which only this answer has.", {201: _json(NewTokenView)},
-        _body(models.TokenCreation),
+        _body(models.TokenCreation), replay="never",
     ),
     ("DELETE", _ACCOUNT + "/tokens/{token_id}"): Route(
         "Make a token worthless.", {204: _NOTHING}
