@@ -131,4 +131,6 @@ def test_images_cycle_through_a_small_cache(
     )
     assert (checked["faults"], checked["leaks"]) == ([], [])
     assert crowd.most_bytes <= LIMIT_BYTES + (clients - 1) * BATCH_CHUNKS * CHUNK_BYTES
-    assert crowd.hits >= 0.4 * best - 3
+    assert crowd.hits >= 0.85 * modelled - 3
+    if kind == "zipf":  # in the cyclic trace "least recently used" has no hits but by chance
+        assert crowd.hits >= 0.4 * best - 3
