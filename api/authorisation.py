@@ -163,6 +163,13 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/operations/{operation_id}"): Rule("read", object="operation"),
     ("GET", "/events"): _READ,
     ("GET", "/cache"): _READ,
+    ("GET", "/accounts"): Rule("read", "admin"),
+    ("GET", "/accounts/{name}"): Rule("read", object="self"),
+    ("GET", "/audit"): Rule("read", "admin"),
+    ("GET", "/login"): _OPEN,
+    ("POST", "/login"): Rule(None, action="session.start", open=True),
+    ("GET", "/logout"): Rule(None),
+    ("POST", "/logout"): Rule(None, action="session.end", open=True),
 }  # fmt: skip
 
 

@@ -41,7 +41,9 @@ def require_same_origin(request: falcon.Request) -> None:
     sent this."""
     site, origin = request.get_header("Sec-Fetch-Site"), request.get_header("Origin")
     foreign = site not in (None, "same-origin", "none")
-    if origin is not None and not foreign:
+    if origin == "null":  # what a form of ours sends too, as our pages give no referrer
+        foreign = foreign or site is None
+    elif origin is not None and not foreign:
         foreign = urlsplit(origin).netloc.lower() != request.netloc.lower()
     if foreign:
         raise HttpProblem(403, "origin-foreign", "Another site's page sent this; use our own.")

@@ -7,6 +7,7 @@ from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database, now
 
+_NUMBER_MAX = 2**63 - 1
 Outcome = Literal["done", "accepted", "refused", "failed"]
 
 
@@ -68,6 +69,20 @@ def lines(db: Database, wanted: AuditFilter, *, after: int, limit: int) -> list[
     rows = db.rows(
         f"SELECT * FROM audit WHERE number > ?{conditions} ORDER BY number LIMIT ?",
         after,
+        *values,
+        limit,
+    )
+    return [AuditLine(**dict(row)) for row in rows]
+
+
+def latest_lines(
+    db: Database, wanted: AuditFilter, *, before: int | None, limit: int
+) -> list[AuditLine]:
+    """Return at most `limit` lines of a lesser number than `before`, if given, latest first."""
+    conditions, values = _conditions(wanted)
+    rows = db.rows(
+        f"SELECT * FROM audit WHERE number < ?{conditions} ORDER BY number DESC LIMIT ?",
+        _NUMBER_MAX if before is None else before,
         *values,
         limit,
     )

@@ -15,6 +15,14 @@ def size(size_bytes: float | None) -> str:
     return "—" if size_bytes is None else format_size(int(size_bytes))
 
 
+def typed_size(size_bytes: int | None) -> str:
+    """Return a size as one would type it, `20GiB`, and exactly; empty when there is none."""
+    if not size_bytes:
+        return "" if size_bytes is None else "0"
+    power = next(power for power in (4, 3, 2, 1, 0) if size_bytes % 1024**power == 0)
+    return f"{size_bytes // 1024**power}{('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def exact_size(size_bytes: int | None) -> str:
     """Return `1,610,612,736 bytes`."""
     return "not known" if size_bytes is None else f"{size_bytes:,} bytes"

@@ -46,7 +46,8 @@ def stacked_bar(name: str, segments: Sequence[Segment], whole_bytes: int | None 
 
 def span_bar(name: str, start: float, parts: Sequence[tuple[float, str]]) -> Markup:
     """Return a thin bar that begins at a share of the width; parts are shares with their class."""
-    shapes, x = [], start
+    shapes = [element("rect", x=0, width="100%", y=3, height=10, class_="seg free")]
+    x = start
     for width, kind in parts:
         shapes.append(element("rect", x=share(x, 1), width=share(width, 1), y=3, height=10,
                               class_=f"seg {kind}"))  # fmt: skip

@@ -2,7 +2,10 @@
 
 import falcon
 
+from stratocache.api.login import Login
+from stratocache.api.pages.accounts import AccountPage, AccountsPage
 from stratocache.api.pages.attachments import AttachmentsPage
+from stratocache.api.pages.audit import AuditPage
 from stratocache.api.pages.cache import CachePage
 from stratocache.api.pages.disks import DiskPage, DisksPage
 from stratocache.api.pages.events import EventsPage
@@ -10,6 +13,7 @@ from stratocache.api.pages.images import ImagePage, ImagesPage
 from stratocache.api.pages.operations import OperationPage, OperationsPage
 from stratocache.api.pages.overview import OverviewPage
 from stratocache.api.pages.rendering import Pages
+from stratocache.api.pages.sign_in import LoginPage, LogoutPage
 from stratocache.api.pages.static_files import StaticFiles
 from stratocache.api.service import Service
 
@@ -18,6 +22,7 @@ def add_pages(app: falcon.App[falcon.Request, falcon.Response], service: Service
     """Add every page to the application."""
     static = StaticFiles()
     pages = Pages(service, static)
+    login = Login(service.configuration.api, service.db)
     app.add_route("/", OverviewPage(pages))
     app.add_route("/images", ImagesPage(pages))
     app.add_route("/images/{image_id}", ImagePage(pages))
@@ -28,5 +33,10 @@ def add_pages(app: falcon.App[falcon.Request, falcon.Response], service: Service
     app.add_route("/operations/{operation_id}", OperationPage(pages))
     app.add_route("/events", EventsPage(pages))
     app.add_route("/cache", CachePage(pages))
+    app.add_route("/accounts", AccountsPage(pages))
+    app.add_route("/accounts/{name}", AccountPage(pages))
+    app.add_route("/audit", AuditPage(pages))
+    app.add_route("/login", LoginPage(pages, login))
+    app.add_route("/logout", LogoutPage(pages))
     app.add_route("/static/{name}", static)
     return pages

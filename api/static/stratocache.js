@@ -110,9 +110,9 @@
     if (kind === "omit") return undefined;
     if (kind === "bool") return field.checked;
     if (kind === "list") return field.checked ? field.value : undefined;
-    if (kind === "keep") return field.value;
+    if (kind === "keep" || (kind === "keep-filled" && field.value)) return field.value;
     const text = field.value.trim();
-    if (text === "") return undefined;
+    if (text === "") return field.dataset.empty === "null" ? null : undefined;
     if (kind === "size") return bytesOf(text);
     if (kind === "int") return Number(text);
     if (kind === "days") return Number(text) * 86400;
@@ -198,14 +198,13 @@
       let body;
       if (form && method !== "DELETE") body = bodyOf(form);
       else if (source.dataset.body) body = JSON.parse(source.dataset.body);
-      if (source.dataset.only === "address") body = body && Object.keys(body).length ? body : undefined;
       const path = form ? addressOf(source.dataset.path, form) : source.dataset.path;
       const once = method === "POST" && source.dataset.once !== "no";
       const answer = await ask(method, path, { body, key: once ? newKey() : undefined, etag: etagFor(source) });
       if (source.dataset.reveal) reveal(source, answer.document);
       const leaves = source.dataset.then;
       if (answer.status === 202 && !leaves && answer.location) await follow(answer.location, tell);
-      if (form && !leaves && !source.dataset.reveal) form.reset();
+      if (form && !leaves && method === "POST" && !source.dataset.reveal) form.reset();
       button.disabled = false;
       goOn(source, answer);
       if (!leaves) await refresh(true);

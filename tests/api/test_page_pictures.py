@@ -13,6 +13,7 @@ from stratocache.api.pages import formats
 from stratocache.api.pages.pictures import Segment, map_strip, sparkline, stacked_bar
 from stratocache.api.pages.timelines import lineage_tree, snapshot_timeline
 from stratocache.api.representations import LineageDisk, LineageSnapshot, SnapshotView
+from stratocache.api.sizes import parse_size
 
 NOW = datetime(2026, 11, 22, 8, tzinfo=UTC)
 SIZES = st.integers(min_value=0, max_value=2**50)
@@ -48,6 +49,12 @@ def test_times_are_relative_while_that_says_more(age_s: int, shown: str) -> None
 
     assert formats.relative_time(at, NOW) == shown
     assert formats.exact_time(NOW.isoformat()) == "2026-11-22 08:00:00 UTC"
+
+
+@given(SIZES)
+def test_size_in_a_form_means_what_it_was(size_bytes: int) -> None:
+    """What a field is filled in with is exactly the value that it stands for."""
+    assert parse_size(formats.typed_size(size_bytes)) == size_bytes
 
 
 @given(st.lists(SIZES, max_size=8), SIZES)

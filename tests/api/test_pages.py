@@ -3,19 +3,24 @@
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from urllib.parse import urljoin
 
 import pytest
+from falcon.testing import Result
 from lxml import html
 from support.api_daemon import IMAGE_ID, Api, Requests, insert_disk
+from support.network_client import PASSWORD, add_account, log_in, stranger
 from support.page_world import FETCHING_IMAGE, HOSTILE, OTHER_IMAGE, USER, World, furnish
 
+from stratocache.fs.audit import append_line
 from stratocache.fs.state import now
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
-LISTS = ("/", "/images", "/disks", "/attachments", "/operations", "/events", "/cache")
+LISTS = (
+    "/", "/images", "/disks", "/attachments", "/operations", "/events", "/cache", "/accounts", "/audit"
+)  # fmt: skip
 HTML = {"Accept": "text/html"}
 OVERVIEW_S_MAX = 0.3
 
@@ -23,6 +28,7 @@ OVERVIEW_S_MAX = 0.3
 @pytest.fixture
 def world(api: Api) -> World:
     """Something of everything."""
+    add_account(api.db, "jane", "operator", quota_disks=4)
     return furnish(api.db, api.configuration.state_dir)
 
 
@@ -32,6 +38,9 @@ def _addresses(world: World) -> list[str]:
         *(f"/images/{name}" for name in (IMAGE_ID, OTHER_IMAGE, FETCHING_IMAGE)),
         *(f"/disks/{uuid}" for uuid in (world.disk, world.public, world.private)),
         *(f"/operations/{name}" for name in (world.running, world.failed, world.resolved)),
+        "/accounts/jane",
+        "/login",
+        "/logout",
     ]
 
 
@@ -157,6 +166,7 @@ def test_ordinary_users_see_their_own(nobody: Requests, root: Requests, world: W
     assert _page(root, f"/images/{IMAGE_ID}").xpath("//button[contains(@data-path, '/pin')]")
     assert _page(nobody, "/cache").xpath("//button[contains(@data-path, '/v1/cache/evict')]") == []
     assert "/accounts" not in _page(nobody, "/").xpath("//nav//a/@href")
+    assert "/accounts" in _page(root, "/").xpath("//nav//a/@href")
 
 
 def test_secret_is_shown_to_who_attached(
@@ -199,11 +209,109 @@ def test_unknown_pages_and_parameters_are_pages(root: Requests) -> None:
 
 def test_strangers_are_sent_to_the_login(api: Api) -> None:
     """Who has not logged in is led to the login and back; programs get 401."""
-    answer = api.client.simulate_get("/disks", query_string="tag=a%26b")
+    answer = api.client.simulate_get("/disks", query_string="tag=a%26b")  # no Unix socket
     assert answer.status_code == 303
     assert answer.headers["location"] == "/login?next=%2Fdisks%3Ftag%3Da%2526b"
     assert api.client.simulate_get("/v1/disks", headers=HTML).status_code == 401
     assert api.client.simulate_get("/nothing").status_code == 401
+
+
+def _send_form(api: Api, path: str, body: str, headers: Mapping[str, str] | None = None) -> Result:
+    sent = {"Content-Type": "application/x-www-form-urlencoded", **(headers or {})}
+    return api.client.simulate_post(path, body=body, headers=sent, protocol="https")
+
+
+def test_login_works_as_a_plain_form(api: Api) -> None:
+    """A form without a script logs in and leads on, to pages of this site only; wrong ones ask again."""
+    add_account(api.db, "jane", "operator")
+    password = PASSWORD.replace(" ", "+")
+    right = _send_form(api, "/login", f"name=jane&password={password}&next=%2Fdisks%3Ftag%3Da")
+    assert (right.status_code, right.headers["location"]) == (303, "/disks?tag=a")
+    cookie = next(iter(right.cookies.values()))
+    assert (cookie.http_only, cookie.same_site, cookie.secure) == (True, "Strict", True)
+
+    wrong = _send_form(api, "/login", "name=%3Cb%3E&password=no&next=/disks")
+    assert wrong.status_code == 401
+    page = html.document_fromstring(wrong.text)
+    assert "Name or password are wrong" in _words(page)
+    assert page.xpath("//input[@name='name']/@value") == ["<b>"]
+    for elsewhere in (
+        "//evil.example",
+        "/%5Cevil.example",
+        "https:evil",
+        "/%0Aevil",
+        "",
+        "/logout",
+    ):
+        answer = _send_form(api, "/login", f"name=jane&password={password}&next={elsewhere}")
+        assert answer.headers["location"] == "/", elsewhere
+    foreign = _send_form(api, "/login", "name=jane", {"Sec-Fetch-Site": "cross-site"})
+    assert foreign.status_code == 403
+    for site, status in (
+        ("same-origin", 303),
+        (None, 403),
+    ):  # as our own forms, which say no referrer
+        sent = {"Origin": "null", **({"Sec-Fetch-Site": site} if site else {})}
+        answer = _send_form(api, "/login", f"name=jane&password={password}", sent)
+        assert answer.status_code == status
+    assert api.client.simulate_post("/login", body="{}", protocol="https").status_code == 415
+    assert _send_form(api, "/login", "x" * 20_000).status_code == 413
+    assert _send_form(api, "/login", "name=%ff").status_code == 400
+
+
+def test_logout_ends_the_session(api: Api) -> None:
+    """The button of a page logs out; a request that no page of ours made does not."""
+    add_account(api.db, "jane", "user")
+    jane = log_in(stranger(api), "jane")
+    page = html.document_fromstring(jane("GET", "/disks", headers=HTML).text)
+    form = next(form for form in page.iter("form") if form.get("action") == "/logout")
+    token = str(next(form.iter("input")).get("value"))
+    assert page.xpath("//meta[@name='csrf-token']/@content") == [token]
+
+    cookie = {"Cookie": jane.headers["Cookie"]}
+    assert _send_form(api, "/logout", "csrf_token=guessed", cookie).status_code == 403
+    assert jane("GET", "/v1/session").status_code == 200
+    gone = _send_form(api, "/logout", f"csrf_token={token}", cookie)
+    assert (gone.status_code, gone.headers["location"]) == (303, "/login")
+    assert jane("GET", "/v1/session").status_code == 401
+    assert jane("GET", "/disks", headers=HTML).status_code == 303
+
+
+def test_accounts_are_shown_to_whom_they_concern(api: Api, root: Requests, world: World) -> None:
+    """Administrators see all accounts and the audit log, others themselves alone."""
+    jane = log_in(stranger(api), "jane")
+    jane("POST", "/v1/accounts/jane/tokens", {"scopes": ["read"], "description": HOSTILE})
+    own = html.document_fromstring(jane("GET", "/accounts/jane", headers=HTML).text)
+    assert HOSTILE in _words(own)
+    assert own.xpath("//form[@data-path='/v1/accounts/jane']//input[@name='quota_disks']") == []
+    assert own.xpath("//input[@name='current_password']")
+    assert jane("GET", "/accounts", headers=HTML).status_code == 403
+    assert jane("GET", "/audit", headers=HTML).status_code == 403
+    assert jane("GET", "/accounts/root", headers=HTML).status_code == 403
+
+    listed = _page(root, "/accounts?role=operator")
+    assert listed.xpath("//tbody//a/text()") == ["jane"]
+    assert "0 of 4" in _words(listed)
+    assert _page(root, "/accounts/jane").xpath("//input[@name='quota_disks']/@value") == ["4"]
+    lines = _page(root, "/audit?user=jane&action=token.").xpath("//tbody/tr")
+    assert len(lines) == 1
+    assert "not-allowed" in _words(_page(root, "/audit?user=jane"))
+
+
+def test_audit_log_has_parts(api: Api, root: Requests) -> None:
+    """A long log is a hundred lines a page, the latest first."""
+    for number in range(103):
+        append_line(
+            api.db, user="jane", address="unix", method="POST", action="disk.create",
+            subject=f"number {number}", outcome="done", status=201,
+        )  # fmt: skip
+    first = _page(root, "/audit")
+    (link,) = first.xpath("//a[@rel='next']/@href")
+    second = _page(root, urljoin("/audit", link))
+    assert len(first.xpath("//tbody/tr")) == 100
+    assert "number 102" in _words(first)
+    assert "number 0" in _words(second)
+    assert len(second.xpath("//tbody/tr")) == 3
 
 
 def test_static_files_are_kept_for_ever(api: Api, root: Requests) -> None:

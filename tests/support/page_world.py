@@ -168,13 +168,19 @@ class _Quiet(WSGIRequestHandler):
 
 
 @contextmanager
-def page_server(configuration: Configuration, db: Database, port: int = 0) -> Iterator[str]:
-    """Serve the application on the loopback interface, to root alone; yields its address."""
+def page_server(
+    configuration: Configuration, db: Database, port: int = 0, *, local: bool = True
+) -> Iterator[str]:
+    """Serve the application on the loopback interface; yields its address.
+
+    To root, as on the Unix socket, or as on the network, where nobody is known.
+    """
     app = create_app(configuration, db)
     with caller_socket() as connection:
 
         def as_root(environ: dict[str, Any], start_response: Any) -> Any:
-            return app({**environ, "gunicorn.socket": connection}, start_response)
+            known = {"gunicorn.socket": connection} if local else {}
+            return app({**environ, **known}, start_response)
 
         with make_server("127.0.0.1", port, as_root, _Server, _Quiet) as server:
             thread = threading.Thread(target=server.serve_forever)
