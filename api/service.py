@@ -40,7 +40,7 @@ class Service:
         """Whether this worker has been told to stop."""
         self.sharing = Sharing(configuration.state_dir)
         self.space = SpaceMeter(configuration, db)
-        self._watch = OperationWatch(db)
+        self._watch = OperationWatch(db, is_ending)
         self._long_waits = threading.BoundedSemaphore(
             max(1, configuration.api.threads - _RESERVED_THREADS)
         )

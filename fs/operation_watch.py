@@ -8,6 +8,7 @@ costs next to nothing.
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stratocache.fs import inventory, records
@@ -36,15 +37,18 @@ class _Waiter:
 class OperationWatch:
     """The ends that the threads of one process wait for."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, is_ending: Callable[[], bool] = lambda: False) -> None:
         self._db = db
+        self._is_ending = is_ending
+        """Whether this process is to stop, and nobody may wait any more."""
         self._lock = threading.Lock()
         self._waiters: list[_Waiter] = []
         self._looking: _Waiter | None = None
         self._latest = 0.0
 
     def wait(self, operation_id: str, timeout_s: float) -> Operation:
-        """Return an operation when it has ended, or as it stands after `timeout_s` seconds.
+        """Return an operation when it has ended, or as it stands after `timeout_s` seconds or when
+        this process is to stop.
 
         Raises `NotFound` (`operation-unknown`).
         """
@@ -76,7 +80,7 @@ class OperationWatch:
                 seen = state
                 self._wake_ended(waiters)
             remaining_s = deadline - time.monotonic()
-            if mine.ended is not None or remaining_s <= 0:
+            if mine.ended is not None or remaining_s <= 0 or self._is_ending():
                 return
             pause_s = (time.monotonic() - latest) / _PATIENCE
             time.sleep(min(max(_FIRST_PAUSE_S, pause_s), _LAST_PAUSE_S, remaining_s))

@@ -18,7 +18,7 @@ from pathlib import Path
 _TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS), str(_TESTS.parent / "packaging" / "demo")]
 
-from bench import crowd, images, iscsi, launches, lazy, listing, pauses, pool, scrub
+from bench import crowd, images, iscsi, launches, lazy, listing, overview, pauses, pool, scrub
 from bench.result import Result
 
 SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
@@ -28,6 +28,7 @@ SUITES: dict[str, Callable[[Path, int], Iterable[Result]]] = {
     "launches": launches.measure,
     "lazy": lazy.measure,
     "listing": listing.measure,
+    "overview": overview.measure,
     "pauses": pauses.measure,
     "pool": pool.measure,
     "saves": pool.measure_saves,

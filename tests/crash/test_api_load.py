@@ -1,0 +1,341 @@
+"""Many clients at once that mix everything: no server error, every limit holds, and a restart of the
+API under load loses nothing that was accepted.
+
+`make test` takes LOAD_SECONDS (6) with LOAD_CLIENTS (16); `make crash` ten minutes with a hundred.
+"""
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.appliance import Appliance
+from support.publishing import publish_image
+
+SECONDS = float(os.environ.get("LOAD_SECONDS", "6"))
+CLIENTS = int(os.environ.get("LOAD_CLIENTS", "16"))
+SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
+QUOTA_DISKS = 40
+RETRY_S = 60
+"""How long a client tries again when a worker that had its request is gone."""
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600 + 3 * SECONDS)]
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("api", timeout=120)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+@dataclass
+class Record:
+    """What all clients saw."""
+
+    times_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    accepted: dict[str, str] = field(default_factory=dict)
+    """Disks by the key that each was asked for with."""
+    deleted: set[str] = field(default_factory=set)
+    cut: int = 0
+    """Connections that a restart cut, and whose requests were sent again."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Client:
+    """One client with a kept connection; sends what was cut again, with the same key."""
+
+    def __init__(self, appliance: Appliance, record: Record, image: str, number: int) -> None:
+        self._appliance = appliance
+        self._record = record
+        self._image = image
+        self._chance = random.Random(SEED + number)
+        self._number = number
+        self._connection: _Connection | None = None
+        self._disks: list[str] = []
+        self._count = 0
+
+    def work(self, ends_s: float) -> None:
+        """Mix everything until the time is over."""
+        steps: list[tuple[int, Callable[[], None]]] = [
+            (6, self._look), (4, self._create), (3, self._delete), (3, self._attach),
+            (2, self._snapshot), (2, self._upload), (2, self._launch), (1, self._change),
+            (1, self._refused), (1, self._stream),
+        ]  # fmt: skip
+        weights = [weight for weight, _ in steps]
+        try:
+            while time.monotonic() < ends_s:
+                [(_, step)] = self._chance.choices(steps, weights)
+                step()
+        except Exception as error:  # noqa: BLE001 -- told by the test
+            with self._record.lock:
+                self._record.faults.append(f"client {self._number}: {error!r}")
+        finally:
+            if self._connection is not None:
+                self._connection.close()
+
+    def ask(
+        self, route: str, method: str, path: str, body: Any = None, raw: bytes | None = None,
+        **headers: str,
+    ) -> tuple[int, Any]:  # fmt: skip
+        """Send a request, again while nobody answers; note time and status."""
+        if method == "POST":
+            headers.setdefault("Idempotency-Key", f"{SEED}-{self._number}-{self._count}")
+            self._count += 1
+        content = raw if body is None else json.dumps(body).encode()
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        deadline_s, started_s = time.monotonic() + RETRY_S, time.monotonic()
+        while True:
+            try:
+                status, answer = self._once(method, path, content, headers)
+            except (OSError, http.client.HTTPException):
+                self._connection = None
+                with self._record.lock:
+                    self._record.cut += 1
+                assert time.monotonic() < deadline_s, f"{method} {path} is not answered"
+                time.sleep(0.05)
+                started_s = time.monotonic()
+                continue
+            if status == 409 and answer.get("code") == "idempotency-key-busy":
+                time.sleep(0.05)
+                continue
+            break
+        with self._record.lock:
+            self._record.times_s[f"{method} {route}"].append(time.monotonic() - started_s)
+            self._record.statuses[f"{method} {route}", status] += 1
+            if status >= 500 and answer.get("code") not in (
+                "server-busy",
+                "overcommit",
+                "no-space",
+            ):
+                self._record.faults.append(f"{method} {path}: {status} {answer}")
+        return status, answer
+
+    def _once(
+        self, method: str, path: str, content: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, Any]:
+        if self._connection is None:
+            self._connection = _Connection(self._appliance.run_dir / "api.sock")
+        self._connection.request(method, path, content, headers)
+        answer = self._connection.getresponse()
+        received = answer.read()
+        is_json = (answer.getheader("content-type") or "").endswith("json")
+        return answer.status, json.loads(received) if received and is_json else {}
+
+    def _look(self) -> None:
+        path = self._chance.choice([
+            "/v1/overview", "/v1/disks", "/v1/disks?sort=-size_bytes&limit=10", "/v1/images",
+            "/v1/attachments", "/v1/launches", "/v1/operations?sort=-created_at&limit=20",
+            "/v1/events?sort=-number&limit=20", "/v1/cache", "/metrics", "/readyz", "/v1",
+        ])  # fmt: skip
+        self.ask(path.partition("?")[0], "GET", path)
+
+    def _create(self) -> None:
+        body = {"size_bytes": 2**20, "tag": f"load {self._number}"}
+        if self._chance.random() < 0.3:
+            body = {"reference": self._image}  # type: ignore[dict-item]
+        key = f"{SEED}-{self._number}-{self._count}"
+        self._count += 1
+        status, answer = self.ask(
+            "/v1/disks", "POST", "/v1/disks", body, **{"Idempotency-Key": key}
+        )
+        if status == 201:
+            self._disks.append(answer["uuid"])
+            with self._record.lock:
+                self._record.accepted[key] = answer["uuid"]
+        elif status == 202:
+            with self._record.lock:
+                self._record.accepted[key] = answer["subject"]
+
+    def _delete(self) -> None:
+        if self._disks:
+            uuid = self._disks.pop(0)
+            # noted before: the answer may be lost, the disk then too
+            with self._record.lock:
+                self._record.deleted.add(uuid)
+            path = f"/v1/disks/{uuid}?snapshots=delete"
+            status, _ = self.ask("/v1/disks/{uuid}", "DELETE", path)
+            if status == 409:
+                self._disks.append(uuid)
+
+    def _attach(self) -> None:
+        if not self._disks:
+            return
+        path = f"/v1/disks/{self._chance.choice(self._disks)}/attachments"
+        body = {"instance": f"i-{self._number}"}
+        status, answer = self.ask("/v1/disks/{uuid}/attachments", "POST", path, body)
+        if status == 201:
+            self.ask("/v1/disks/{uuid}/attachments/{id}", "DELETE", f"{path}/{answer['id']}")
+
+    def _snapshot(self) -> None:
+        if self._disks:
+            path = f"/v1/disks/{self._chance.choice(self._disks)}/snapshots"
+            self.ask("/v1/disks/{uuid}/snapshots", "POST", path, {})
+
+    def _upload(self) -> None:
+        if self._disks:
+            path = f"/v1/disks/{self._chance.choice(self._disks)}/content"
+            kind = {"Content-Type": "application/octet-stream"}
+            self.ask("/v1/disks/{uuid}/content", "PUT", path, raw=os.urandom(2**16), **kind)
+            self.ask("/v1/disks/{uuid}/content", "GET", path, Range="bytes=0-65535")
+
+    def _launch(self) -> None:
+        instance = f"load-{self._number}-{self._count}"
+        body = {"reference": self._image, "instance": instance}
+        status, _ = self.ask("/v1/launches", "POST", "/v1/launches", body)
+        if status == 201:
+            self.ask("/v1/launches/{instance}", "DELETE", f"/v1/launches/{instance}")
+
+    def _change(self) -> None:
+        if self._disks:
+            path = f"/v1/disks/{self._chance.choice(self._disks)}"
+            self.ask("/v1/disks/{uuid}", "PATCH", path, {"tag": str(self._count)})
+
+    def _refused(self) -> None:
+        status, _ = self.ask("/v1/disks", "POST", "/v1/disks", {"size_bytes": 1})
+        assert status == 400
+
+    def _stream(self) -> None:
+        """Follow the events for a moment, on a connection of its own."""
+        with suppress(OSError, http.client.HTTPException):
+            connection = _Connection(self._appliance.run_dir / "api.sock")
+            connection.request("GET", "/v1/events", headers={"Accept": "text/event-stream"})
+            answer = connection.getresponse()
+            if answer.status == 200:
+                answer.readline()
+            else:
+                assert answer.status == 503
+            connection.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[tuple[Appliance, str]]:
+    """A running appliance, and an image that it has."""
+    published = publish_image(tmp_path / "market", 2 * 1024**2)
+    appliance = Appliance(
+        tmp_path / "a", endpoint=published.endpoint, fingerprint=published.fingerprint
+    )
+    with appliance:
+        done = appliance.request(
+            "POST", "/v1/images?wait=60", {"reference": published.identifier}
+        )  # fmt: skip
+        assert done[0] == 201
+        yield appliance, published.identifier
+
+
+def test_many_clients_and_a_restart_lose_nothing(world: tuple[Appliance, str]) -> None:
+    """A hundred clients create, attach, launch, upload, look and follow events, while the API is
+    killed every now and then: no server error, no request that was accepted is lost or done twice,
+    and in the end everything is as the clients believe it is."""
+    appliance, image = world
+    record = Record()
+    ends_s = time.monotonic() + SECONDS
+    clients = [Client(appliance, record, image, number) for number in range(CLIENTS)]
+    threads = [threading.Thread(target=client.work, args=(ends_s,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    kills = 0
+    while (rest_s := ends_s - time.monotonic()) > 0:
+        time.sleep(min(rest_s, max(2.0, SECONDS / 10)))
+        if ends_s - time.monotonic() > 1:
+            for pid in appliance.pids("stratocache.api.server"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM if kills % 2 else signal.SIGKILL)
+            kills += 1
+    for thread in threads:
+        thread.join(RETRY_S * 3)
+    _report(record, kills)
+
+    assert record.faults == []
+    assert kills > 0
+    listed = _all(appliance, "disks")
+    kept = [disk for disk in listed if not disk["volatile"]]
+    made = set(record.accepted.values())
+    assert len(made) == len(record.accepted)  # no two keys made one disk
+    assert {disk["uuid"] for disk in kept} >= made - record.deleted
+    assert {disk["uuid"] for disk in kept} <= made
+    assert {disk["state"] for disk in kept} <= {"available"}
+    _settled(appliance)
+    for command in ("disk", "cache"):
+        checked = appliance.run(command, "check")
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def _all(appliance: Appliance, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    after = ""
+    while True:
+        _, answer = appliance.request("GET", f"/v1/{name}?limit=1000{after}")
+        found += answer[name]
+        if answer["next"] is None:
+            return found
+        after = f"&after={answer['next']}"
+
+
+def _settled(appliance: Appliance) -> None:
+    """Wait until nothing is under way any more."""
+    deadline_s = time.monotonic() + 120
+    while any(
+        operation["state"] in ("pending", "running") for operation in _all(appliance, "operations")
+    ):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
+def _report(record: Record, kills: int) -> None:
+    print(f"\n{CLIENTS} clients, {SECONDS:g} s, {kills} restarts, {record.cut} connections cut")
+    for route, times_s in sorted(record.times_s.items()):
+        ordered = sorted(times_s)
+        p95_ms = ordered[int(len(ordered) * 0.95)] * 1000
+        statuses = {status: n for (name, status), n in record.statuses.items() if name == route}
+        print(f"  {route:48} {len(ordered):6} p95 {p95_ms:8.1f} ms  {statuses}")
+
+
+def test_quota_holds_against_many_at_once(world: tuple[Appliance, str]) -> None:
+    """However many requests of one account come together, it never has more than its quota."""
+    appliance, _ = world
+    status, answer = appliance.request(
+        "POST", "/v1/accounts", {"name": "root", "role": "admin", "quota_disks": QUOTA_DISKS}
+    )  # fmt: skip
+    assert status == 201, answer
+    statuses: Counter[int] = Counter()
+    codes: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def create() -> None:
+        for _ in range(8):
+            status, answer = appliance.request("POST", "/v1/disks", {"size_bytes": 2**20})
+            with lock:
+                statuses[status] += 1
+                codes[answer.get("code", "")] += 1
+
+    threads = [threading.Thread(target=create) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+
+    assert statuses == {201: QUOTA_DISKS, 403: 12 * 8 - QUOTA_DISKS}
+    assert codes["quota-disks"] == statuses[403]
+    assert len(_all(appliance, "disks")) == QUOTA_DISKS
