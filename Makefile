@@ -58,6 +58,7 @@ crash: test-tools ## run the crash tests with every case; takes hours (root)
 		ATTACHMENT_HISTORIES=$${ATTACHMENT_HISTORIES:-2000} TGT_HISTORIES=$${TGT_HISTORIES:-50} \
 		CRASH_FAULTS=$${CRASH_FAULTS:-1000} KEEP_EXAMPLES=$${KEEP_EXAMPLES:-300} \
 		ORIGIN_SEQUENCES=$${ORIGIN_SEQUENCES:-200} \
+		API_FUZZ_SECONDS=$${API_FUZZ_SECONDS:-1260} LOAD_SECONDS=$${LOAD_SECONDS:-600} LOAD_CLIENTS=$${LOAD_CLIENTS:-100} \
 		CACHE_SECONDS=$${CACHE_SECONDS:-600} CACHE_LIMIT_MIB=$${CACHE_LIMIT_MIB:-200} \
 		$(RUN)/python -m pytest tests/crash tests/fs/test_connection_end.py tests/fs/test_reconciler.py \
 		tests/fs/test_eviction.py tests/cache/test_faulty_origins.py -s \

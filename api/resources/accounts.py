@@ -124,26 +124,25 @@ class AccountItem:
     def on_get(self, request: falcon.Request, response: falcon.Response, name: str) -> None:
         """Show an account and what it uses of its quotas."""
         query.require_known(request)
-        db = self._service.db
-        answers.show(response, AccountView.of(db, accounts.account(db, name)))
+        answers.show(response, _present(self._service.db, name))
 
     def on_patch(self, request: falcon.Request, response: falcon.Response, name: str) -> None:
         """Change an account; users change their password, and say what it was."""
         query.require_known(request)
         wanted = read_body(request, AccountChange)
         db, caller = self._service.db, answers.caller(request)
-        account = accounts.account(db, name)
-        answers.require_match(request, AccountView.of(db, account))
-        self._judge(request, caller, account, wanted)
-        changed = accounts.update_account(db, caller, name, _columns(wanted))
+        self._judge(request, caller, accounts.account(db, name), wanted)
+        columns = _columns(wanted)
+        with answers.matching(request, db, lambda: _present(db, name)):
+            changed = accounts.update_account(db, caller, name, columns)
         answers.show(response, AccountView.of(db, changed))
 
     def on_delete(self, request: falcon.Request, response: falcon.Response, name: str) -> None:
         """Delete an account that owns nothing: 204."""
         query.require_known(request)
         db = self._service.db
-        answers.require_match(request, AccountView.of(db, accounts.account(db, name)))
-        accounts.delete_account(db, answers.caller(request), name)
+        with answers.matching(request, db, lambda: _present(db, name)):
+            accounts.delete_account(db, answers.caller(request), name)
         response.status = 204
 
     def _judge(
@@ -208,6 +207,10 @@ class TokenItem:
         query.require_known(request)
         tokens.delete_token(self._service.db, answers.caller(request), name, token_id)
         response.status = 204
+
+
+def _present(db: Database, name: str) -> AccountView:
+    return AccountView.of(db, accounts.account(db, name))
 
 
 def _columns(wanted: AccountChange) -> dict[str, Any]:

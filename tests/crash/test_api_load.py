@@ -96,9 +96,10 @@ class Client:
 
     def ask(
         self, route: str, method: str, path: str, body: Any = None, raw: bytes | None = None,
-        **headers: str,
+        headers: dict[str, str] | None = None,
     ) -> tuple[int, Any]:  # fmt: skip
         """Send a request, again while nobody answers; note time and status."""
+        headers = dict(headers or {})
         if method == "POST":
             headers.setdefault("Idempotency-Key", f"{SEED}-{self._number}-{self._count}")
             self._count += 1
@@ -152,14 +153,13 @@ class Client:
         self.ask(path.partition("?")[0], "GET", path)
 
     def _create(self) -> None:
-        body = {"size_bytes": 2**20, "tag": f"load {self._number}"}
+        body: dict[str, Any] = {"size_bytes": 2**20, "tag": f"load {self._number}"}
         if self._chance.random() < 0.3:
-            body = {"reference": self._image}  # type: ignore[dict-item]
+            body = {"reference": self._image}
         key = f"{SEED}-{self._number}-{self._count}"
         self._count += 1
-        status, answer = self.ask(
-            "/v1/disks", "POST", "/v1/disks", body, **{"Idempotency-Key": key}
-        )
+        headers = {"Idempotency-Key": key}
+        status, answer = self.ask("/v1/disks", "POST", "/v1/disks", body, headers=headers)
         if status == 201:
             self._disks.append(answer["uuid"])
             with self._record.lock:
@@ -197,8 +197,8 @@ class Client:
         if self._disks:
             path = f"/v1/disks/{self._chance.choice(self._disks)}/content"
             kind = {"Content-Type": "application/octet-stream"}
-            self.ask("/v1/disks/{uuid}/content", "PUT", path, raw=os.urandom(2**16), **kind)
-            self.ask("/v1/disks/{uuid}/content", "GET", path, Range="bytes=0-65535")
+            self.ask("/v1/disks/{uuid}/content", "PUT", path, raw=os.urandom(2**16), headers=kind)
+            self.ask("/v1/disks/{uuid}/content", "GET", path, headers={"Range": "bytes=0-65535"})
 
     def _launch(self) -> None:
         instance = f"load-{self._number}-{self._count}"
