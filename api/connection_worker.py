@@ -13,10 +13,13 @@ import threading
 import time
 import weakref
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
+
+from stratocache.api.unreadable_request import answer_to
 
 _FIRST_BYTE_S = 10.0
 _HEAD_S = 10.0
@@ -104,6 +107,16 @@ class ConnectionWorker(ThreadWorker):  # type: ignore[misc]
         self.pending_conns.append(conn)
         readable = partial(self.on_pending_socket_readable, conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, readable)
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+        """Answer a request that cannot be read; all else is gunicorn's to log and to answer."""
+        answer = answer_to(exc)
+        if answer is None:
+            super().handle_error(req, client, addr, exc)
+            return
+        self.log.warning("a request cannot be read: %s", exc)
+        with suppress(OSError):
+            client.sendall(answer)
 
     def _admit(self, conn: Any) -> bool:
         """Count a connection as long as it lives; tell whether its address may have it."""

@@ -1,5 +1,6 @@
 """Slow clients, many connections, large requests and frequent callers, on the real server."""
 
+import json
 import socket
 import threading
 import time
@@ -147,11 +148,14 @@ TOO_MUCH = [
 
 def test_large_and_ambiguous_requests_are_refused(small: Configuration, api: Api) -> None:
     """Too long a line or header, too many headers, and two opinions on a body's length end the
-    connection with an error of HTTP."""
+    connection with an error of HTTP, described as all are."""
     with serving(small):
         for head, status in TOO_MUCH:
             with _connected(small.api_socket, 1, head) as (connection,):
-                assert int(_end(connection).split()[1]) == status, head[:80]
+                answer = _end(connection)
+            assert int(answer.split()[1]) == status, head[:80]
+            assert b"Content-Type: application/problem+json" in answer
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == status
 
 
 def test_buckets_refill(monkeypatch: pytest.MonkeyPatch) -> None:
