@@ -38,9 +38,9 @@ class Stranger:
     protocol: str = "https"
 
     def __call__(self, method: str, path: str, body: Any = None, **options: Any) -> testing.Result:
-        """Send a request; `body` is sent as JSON."""
+        """Send a request; `body` is sent as JSON, unless it is bytes."""
         if body is not None:
-            options["json"] = body
+            options["body" if isinstance(body, bytes) else "json"] = body
         headers = {**self.headers, **options.pop("headers", {})}
         result: testing.Result = self.client.simulate_request(
             method, path, headers=headers, remote_addr=self.address, protocol=self.protocol,
