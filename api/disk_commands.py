@@ -1,5 +1,6 @@
 """`stratocache disk`: block devices that somebody owns."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -103,7 +104,10 @@ def create(session: Session, /, **wanted: Any) -> None:
         uuid = session.follow(operation, "create")["subject"]
     session.show(session.client.get(_path(uuid)), uuid)
     if not session.as_json:
-        click.echo(promise_line(session.client.get("/v1/cache")), err=True)
+        from stratocache.cache.errors import Refused
+
+        with suppress(Refused):  # not everybody may see it
+            click.echo(promise_line(session.client.get("/v1/cache")), err=True)
 
 
 @disk.command(

@@ -223,6 +223,7 @@ def mount(session: Session, image_id: str, directory: Path, partition: int | Non
     from stratocache.fs.partition import mount_image
     from stratocache.fs.records import READABLE
 
+    session.require_local()
     document = session.client.get(_path(image_id))
     if document["state"] not in READABLE:
         raise Conflict("image-busy", f"Image {image_id} is {document['state']}; try again later.")
@@ -251,6 +252,7 @@ def umount(session: Session, directory: Path) -> None:
     """Undo `image mount`; no loop device stays behind."""
     from stratocache.fs.partition import unmount_image
 
+    session.require_local()
     unmount_image(directory)
     session.show({"directory": str(directory)}, f"{directory} is unmounted.")
 

@@ -41,6 +41,7 @@ def attach_here(
     found = next((item for item in held if item["instance"] == wanted["instance"]), None)
     attachment = found or export(_bound(wanted, open_iscsi.initiator_name()))
     try:
+        _require_reachable(session, attachment["portal"])
         chap = _chap(attachment)
         device = open_iscsi.Node.of(attachment).log_in(chap["username"], chap["secret"])
     except BaseException:
@@ -67,6 +68,25 @@ def _bound(wanted: dict[str, Any], initiator: str | None) -> "Document":
     """Return a request that is bound to an initiator, if there is any."""
     chosen = wanted.get("initiator") or initiator
     return wanted if chosen is None else {**wanted, "initiator": chosen}
+
+
+def _require_reachable(session: Session, portal: str) -> None:
+    """Raise `Conflict` (`portal-local`) for another host's portal that only that host reaches."""
+    import ipaddress
+
+    from stratocache.cache.errors import Conflict
+
+    if session.remote is None:
+        return
+    address, loopback = portal.rpartition(":")[0].strip("[]"), False
+    with suppress(ValueError):  # a name
+        loopback = ipaddress.ip_address(address).is_loopback
+    if loopback:
+        raise Conflict(
+            "portal-local",
+            f"The portal {portal} of {session.remote.shown} is for that host alone; set "
+            "iscsi.address there to an address that this host reaches.",
+        )
 
 
 def _chap(attachment: "Document") -> dict[str, str]:

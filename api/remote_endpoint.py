@@ -23,7 +23,8 @@ from stratocache.cache.errors import (
 )
 
 _CONNECT_S = 10.0
-_HAS_EXPIRED, _NOT_YET_VALID, _WRONG_NAME = 10, 9, 62  # X509_V_ERR_… of OpenSSL's x509_vfy.h
+_HAS_EXPIRED, _NOT_YET_VALID = 10, 9  # X509_V_ERR_… of OpenSSL's x509_vfy.h
+_WRONG_NAME = (62, 64)  # of a host, of an address
 _KEEP_ALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
 """Seconds, seconds, tries: a transfer from a host that is gone ends after a minute."""
 
@@ -124,7 +125,7 @@ class RemoteEndpoint:
             return NotVerified(
                 "certificate-expired", f"The certificate of {shown} {when}; renew it there."
             )
-        if error.verify_code == _WRONG_NAME:
+        if error.verify_code in _WRONG_NAME:
             return NotVerified(
                 "certificate-name-wrong",
                 f"The certificate of {shown} is for another name ({error.verify_message.rstrip('.')}"

@@ -1,0 +1,442 @@
+"""Commands that ask a daemon of another host: TLS, tokens, and what may be wrong with them."""
+
+import hashlib
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.api_daemon import Api, insert_disk, serving, standing_in
+from support.contents import MIB, Contents, patchwork
+from support.terminal import on_terminal
+from support.tls_host import Authority, TlsHost, fingerprint_of, tls_host
+
+from stratocache.api import remotes
+from stratocache.cache.configuration import Configuration, SpaceSettings
+from stratocache.cache.errors import StratocacheError
+
+pytestmark = pytest.mark.root  # callers are root, or are made from root
+
+TOKEN = "sct_a-token-for-tests"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def configuration(configuration: Configuration) -> Configuration:
+    """The usual configuration, without a reserve that this host may not have."""
+    return configuration.model_copy(update={"space": SpaceSettings(reserve_bytes=0)})
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """An authority that the commands trust as if it were the system's."""
+    return Authority(tmp_path / "authority")
+
+
+@pytest.fixture
+def environment(tmp_path: Path, authority: Authority) -> dict[str, str]:
+    """A home of its own, and the authority."""
+    home = tmp_path / "home"
+    home.mkdir()
+    wanted = {"HOME": str(home), "SSL_CERT_FILE": str(authority.file)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("STRATO")}
+    return {**kept, **wanted}
+
+
+@pytest.fixture
+def run(environment: dict[str, str]) -> Run:
+    """Runs commands in that home."""
+
+    def invoke(
+        *arguments: str, stdin: str = "", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "stratocache", *arguments], input=stdin, capture_output=True,
+            text=True, env={**environment, **variables}, check=False,
+        )  # fmt: skip
+
+    return invoke
+
+
+@pytest.fixture
+def host(configuration: Configuration, api: Api, authority: Authority) -> Iterator[TlsHost]:
+    """A daemon behind TLS, with a certificate of the authority."""
+    with (
+        serving(configuration),
+        standing_in(api.db),
+        tls_host(configuration.api_socket, authority.issue("host"), TOKEN) as server,
+    ):
+        yield server
+
+
+@pytest.fixture
+def added(run: Run, host: TlsHost) -> TlsHost:
+    """The host, kept as `node` with its token."""
+    done = run("remote", "add", "node", host.url, "--token", "-", stdin=TOKEN + "\n")
+    assert done.returncode == 0, done.stderr
+    return host
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int, code: str) -> str:
+    """Check that a command failed with one line and a code; return the line."""
+    assert done.returncode == status, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert done.stderr.endswith(f" [{code}]\n")
+    assert TOKEN not in done.stderr
+    return done.stderr
+
+
+# -- which daemon
+
+
+def test_remote_is_added_listed_and_used(added: TlsHost, api: Api, run: Run) -> None:
+    """`--remote` and `--url` ask the daemon over TLS; tokens are in no output."""
+    uuid = insert_disk(api.db)
+    listed = run("remote", "ls", "--json")
+
+    for way in (["--remote", "node"], ["--url", added.url]):
+        shown = run(*way, "disk", "ls", "--json")
+        assert [item["uuid"] for item in json.loads(shown.stdout)["disks"]] == [uuid]
+    assert [item["name"] for item in json.loads(listed.stdout)["remotes"]] == ["local", "node"]
+    assert TOKEN not in listed.stdout
+    assert all(f"Authorization: Bearer {TOKEN}" in head for head in added.heads)
+
+
+def test_default_remote_is_asked(
+    added: TlsHost, api: Api, run: Run, configuration: Configuration
+) -> None:
+    """The default holds for all commands but those that name a daemon or a socket."""
+    uuid = insert_disk(api.db)
+    assert run("remote", "default", "node").returncode == 0
+
+    assert uuid in run("disk", "ls").stdout
+    local = run("--remote", "local", "disk", "ls", STRATOCACHE_RUN_DIR="/nonexistent")
+    assert "/nonexistent/api.sock" in refused(local, 10, "daemon-unreachable")
+    assert uuid in run("--run-dir", str(configuration.run_dir), "disk", "ls").stdout
+    refused(run("--remote", "gone", "disk", "ls"), 3, "remote-unknown")
+    assert run("remote", "rm", "node").returncode == 0
+    assert json.loads(run("remote", "ls", "--json").stdout)["remotes"][0]["default"] is True
+    refused(run("remote", "rm", "node"), 3, "remote-unknown")
+
+
+def test_variables_name_a_daemon(host: TlsHost, api: Api, run: Run) -> None:
+    """STRATOCACHE_URL and STRATOCACHE_TOKEN are enough, without any file."""
+    uuid = insert_disk(api.db)
+    variables = {"STRATOCACHE_URL": host.url, "STRATOCACHE_TOKEN": TOKEN}
+
+    assert uuid in run("disk", "ls", **variables).stdout
+    refused(run("--remote", "none", "disk", "ls", **variables), 3, "remote-unknown")
+
+
+def test_options_that_contradict_each_other(run: Run) -> None:
+    """A socket and a remote at once are wrong usage."""
+    refused(run("--socket", "/s", "--url", "https://a", "disk", "ls"), 2, "usage")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["serve"],
+        ["upgrade"],
+        ["pool", "status"],
+        ["disk", "check"],
+        ["cache", "check"],
+        ["image", "mount", "IMAGE", "/mnt"],
+        ["image", "umount", "/mnt"],
+        ["marketplace", "show", "IMAGE"],
+    ],
+)
+def test_what_is_for_the_host_itself_says_so(run: Run, arguments: list[str]) -> None:
+    """Commands about this host's files and processes refuse to be about another."""
+    done = run("--url", "https://node.example.org", *arguments)
+
+    assert "https://node.example.org:8443" in refused(done, 2, "local-only")
+
+
+def test_service_does_not_depend_on_a_users_default(
+    added: TlsHost, run: Run, tmp_path: Path
+) -> None:
+    """`serve` and `upgrade` are about this host whatever the default remote is; others ask."""
+    run("remote", "default", "node")
+
+    refused(run("doctor"), 2, "local-only")
+    refused(run("upgrade", STRATOCACHE_RUN_DIR=str(tmp_path)), 10, "not-running")
+
+
+# -- transfers and work
+
+
+def test_disks_are_created_attached_and_launched_remotely(
+    added: TlsHost, api: Api, run: Run
+) -> None:
+    """What works on the socket works from afar."""
+    uuid = run("--remote", "node", "disk", "create", "--size", "1M").stdout.strip()
+    attached = run("--remote", "node", "disk", "attach", uuid, "--instance", "vm", "--json")
+
+    assert json.loads(attached.stdout)["iscsi_url"].startswith("iscsi://")
+    assert run("--remote", "node", "disk", "detach", uuid).returncode == 0
+    launched = run("--remote", "node", "launch", "IMAGE", "--instance", "vm", "--json")
+    assert json.loads(launched.stdout)["instance"] == "vm", launched.stderr
+    assert run("--remote", "node", "halt", "vm").returncode == 0
+
+
+def test_portal_of_another_host_has_to_be_reachable(added: TlsHost, run: Run) -> None:
+    """Logging in to a portal that only the other host reaches is refused, and nothing stays."""
+    uuid = run("--remote", "node", "disk", "create", "--size", "1M").stdout.strip()
+    attach = ("disk", "attach", uuid, "--instance", "here", "--open-iscsi")
+
+    refused(run("--remote", "node", *attach), 4, "portal-local")
+    shown = run("--remote", "node", "disk", "show", uuid, "--json")
+    assert json.loads(shown.stdout)["attached_to"] == []
+
+
+def test_content_streams_both_ways(
+    configuration: Configuration, api: Api, added: TlsHost, run: Run, tmp_path: Path
+) -> None:
+    """A disk is downloaded and uploaded over TLS, byte for byte."""
+    content = patchwork(24 * MIB)
+    disks = Contents(configuration, api)
+    source, sink = disks.add(24 * MIB, content), disks.add(24 * MIB)
+    file = tmp_path / "disk.img"
+
+    done = run("--remote", "node", "disk", "download", source, str(file))
+    assert done.returncode == 0, done.stderr
+    assert hashlib.sha256(file.read_bytes()).digest() == hashlib.sha256(content).digest()
+    done = run("--remote", "node", "disk", "upload", sink, str(file))
+    assert done.returncode == 0, done.stderr
+    assert disks.read(sink) == content
+
+
+# -- what may be wrong
+
+
+def test_wrong_and_missing_tokens(host: TlsHost, run: Run) -> None:
+    """A token that is not accepted, and none, are said with what to do."""
+    wrong = run("--url", host.url, "disk", "ls", STRATOCACHE_TOKEN="sct_wrong")
+    assert "account token create" in refused(wrong, 5, "token-refused")
+    missing = run("--url", host.url, "disk", "ls")
+    assert "remote add" in refused(missing, 5, "token-missing")
+    refused(run("remote", "add", "node", host.url, "--token", "-", stdin="no"), 5, "token-refused")
+    strange = run("remote", "add", "node", host.url, "--token", "-", stdin="no token")
+    refused(strange, 2, "token-invalid")
+    assert json.loads(run("remote", "ls", "--json").stdout)["remotes"][1:] == []
+
+
+def test_token_is_not_taken_from_the_command_line(host: TlsHost, run: Run) -> None:
+    """A token on a command line, which everybody sees, is wrong usage."""
+    refused(run("remote", "add", "node", host.url, "--token", "sct_x"), 2, "usage")
+
+
+def test_fingerprint_is_enough_and_must_be_right(
+    configuration: Configuration, api: Api, run: Run, tmp_path: Path
+) -> None:
+    """A pinned certificate needs no authority; another one gets no token."""
+    stranger = Authority(tmp_path / "stranger")
+    mine, other = stranger.issue("mine"), stranger.issue("other")
+    pinned = ("--fingerprint", fingerprint_of(mine), "--token", "-")
+    with serving(configuration), tls_host(configuration.api_socket, mine, TOKEN) as server:
+        untrusted = run("remote", "add", "node", server.url, "--token", "-", stdin=TOKEN)
+        assert fingerprint_of(mine) in refused(untrusted, 6, "certificate-untrusted")
+        assert server.heads == []
+        added = run("remote", "add", "node", server.url, *pinned, stdin=TOKEN)
+        assert added.returncode == 0, added.stderr
+        assert run("--remote", "node", "disk", "ls").returncode == 0
+    with tls_host(configuration.api_socket, other, TOKEN) as server:
+        done = run("remote", "add", "node", server.url, *pinned, stdin=TOKEN)
+        assert fingerprint_of(other) in refused(done, 6, "fingerprint-wrong")
+        assert server.heads == []
+
+
+def test_certificates_are_judged(
+    configuration: Configuration, authority: Authority, run: Run
+) -> None:
+    """An expired certificate and one for another name are refused before anything is sent."""
+    for name, days, address, code in (
+        ("expired", -1, "127.0.0.1", "certificate-expired"),
+        ("elsewhere", 30, "192.0.2.1", "certificate-name-wrong"),
+    ):
+        certificate = authority.issue(name, address, days)
+        with tls_host(configuration.api_socket, certificate, TOKEN) as server:
+            done = run("--url", server.url, "disk", "ls", STRATOCACHE_TOKEN=TOKEN)
+            assert server.url in refused(done, 6, code)
+            assert server.heads == []
+
+
+def test_unknown_certificate_is_asked_about_on_a_terminal(
+    configuration: Configuration, run: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Who adds a remote by hand is shown its fingerprint, and it is pinned when that is right."""
+    certificate = Authority(tmp_path / "stranger").issue("mine")
+    with serving(configuration), tls_host(configuration.api_socket, certificate, TOKEN) as server:
+        command = [sys.executable, "-m", "stratocache", "remote", "add", "node", server.url]
+        for answer, status in (("n", 6), ("y", 0)):
+            with on_terminal([*command, "--token", "-"], environment) as terminal:
+                terminal.wait_for_text("Token:")
+                terminal.type(f"{TOKEN}\n")
+                terminal.wait_for_text("Is that what the host itself says? [y/N]:")
+                assert fingerprint_of(certificate) in terminal.text.replace("\n", "")
+                terminal.type(f"{answer}\n")
+                assert terminal.wait_for_end() == status
+                assert TOKEN not in terminal.text
+        assert run("--remote", "node", "disk", "ls").returncode == 0
+
+
+def test_hosts_that_do_not_answer(run: Run) -> None:
+    """A closed port, an unknown host and a port without TLS: exit status 10, each with its code."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        done = run("--url", f"https://127.0.0.1:{port}", "disk", "ls")
+        assert f":{port}" in refused(done, 10, "daemon-unreachable")
+    refused(run("--url", "https://no-such-host.invalid", "disk", "ls"), 10, "host-unknown")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=_speak_plainly, args=(listener,))
+        thread.start()
+        done = run("--url", f"https://127.0.0.1:{listener.getsockname()[1]}", "disk", "ls")
+        thread.join()
+    refused(done, 10, "tls-failed")
+
+
+def _speak_plainly(listener: socket.socket) -> None:
+    connection, _address = listener.accept()
+    with connection:
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        connection.recv(65536)
+
+
+def test_client_certificate_is_sent(
+    configuration: Configuration, authority: Authority, run: Run, tmp_path: Path
+) -> None:
+    """A host that wants a certificate of the client gets the one of the remote."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.issue("host"))
+    context.load_verify_locations(authority.file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    mine = str(authority.issue("jane"))
+    with serving(configuration), tls_host(configuration.api_socket, Path(mine), TOKEN) as server:
+        server.context = context
+        refused(run("--url", server.url, "disk", "ls", STRATOCACHE_TOKEN=TOKEN), 10, "tls-failed")
+        add = ("remote", "add", "node", server.url, "--certificate", mine, "--token", "-")
+        done = run(*add, stdin=TOKEN)
+        assert done.returncode == 0, done.stderr
+        assert run("--remote", "node", "disk", "ls").returncode == 0
+    (tmp_path / "broken.pem").write_text("none")
+    broken = str(tmp_path / "broken.pem")
+    done = run("remote", "add", "node", server.url, "--certificate", broken)
+    refused(done, 2, "client-certificate-unusable")
+
+
+# -- the file
+
+
+def test_file_is_private(added: TlsHost, run: Run, environment: dict[str, str]) -> None:
+    """The file is made with mode 0600; a file that others may read is warned of, with the cure."""
+    path = Path(environment["HOME"], ".config/stratocache/remotes.toml")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert run("--remote", "node", "disk", "ls").stderr == ""
+    path.chmod(0o644)
+    warned = run("--remote", "node", "disk", "ls")
+
+    assert (warned.returncode, warned.stderr.count("\n")) == (0, 1)
+    assert f"`chmod 600 {path}`" in warned.stderr
+    assert warned.stderr.endswith("[remotes-file-open]\n")
+    as_json = run("--remote", "node", "--json", "disk", "ls")
+    assert json.loads(as_json.stderr)["code"] == "remotes-file-open"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff",
+        b"[remotes",
+        b"remotes = 3",
+        b"colour = 'red'",
+        b"[remotes.a]\nurl = 3",
+        b"[remotes.a]\nurl = 'https://a'\npassword = 'x'",
+        b"[remotes.'a b']\nurl = 'https://a'",
+        b"remotes.a = 'https://a'",
+    ],
+)
+def test_strange_file_is_an_error(run: Run, environment: dict[str, str], content: bytes) -> None:
+    """A file that is damaged is said to be so with its path; this host can be asked all the same."""
+    path = Path(environment["HOME"], ".config/stratocache/remotes.toml")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+
+    refused(run("disk", "ls"), 2, "remotes-invalid")
+    refused(run("--remote", "local", "disk", "ls"), 10, "daemon-unreachable")
+
+
+def test_file_of_somebody_else_is_an_error(environment: dict[str, str], tmp_path: Path) -> None:
+    """A file that cannot be read is an error that says how to get it back, not a silent default."""
+    path = Path(environment["HOME"], ".config/stratocache/remotes.toml")
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    path.chmod(0o000)
+    for folder in (tmp_path, *tmp_path.parents[:-2], Path(environment["HOME"])):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "stratocache", "disk",
+         "ls"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert "`chmod 600` it" in refused(done, 2, "remotes-unreadable")
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("https://node", "https://node:8443"),
+        ("https://node:443/", "https://node:443"),
+        ("https://[::1]/below/", "https://[::1]:8443/below"),
+        ("http://127.0.0.1:80", "http://127.0.0.1:80"),
+        ("http://localhost:8080", "http://localhost:8080"),
+    ],
+)
+def test_addresses_are_kept_in_one_form(url: str, kept: str) -> None:
+    """An address has its port, and no slash at its end."""
+    assert remotes.parse_url(url) == kept
+    assert remotes.parse_url(kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("node", "url-invalid"),
+        ("ftp://node", "url-invalid"),
+        ("https://", "url-invalid"),
+        ("https://jane:secret@node", "url-invalid"),
+        ("https://node?x=1", "url-invalid"),
+        ("https://node:99999", "url-invalid"),
+        ("https://no de", "url-invalid"),
+        ("https://node\n", "url-invalid"),
+        ("https://[::1", "url-invalid"),
+        ("http://node.example.org", "url-not-encrypted"),
+        ("http://10.0.0.1", "url-not-encrypted"),
+    ],
+)
+def test_addresses_that_cannot_be(url: str, code: str) -> None:
+    """What is no address, carries a password, or would send a token in the clear is refused."""
+    with pytest.raises(StratocacheError) as caught:
+        remotes.parse_url(url)
+
+    assert caught.value.code == code
+
+
+def test_fingerprints_are_read_as_people_write_them() -> None:
+    """With and without colons, in capitals, with and without what it is."""
+    digits = "ab" * 32
+    colons = ":".join(["AB"] * 32)
+    for text in (digits, f"sha256:{digits}", colons, f"SHA256:{colons}"):
+        assert remotes.parse_fingerprint(text) == f"sha256:{digits}"
+    with pytest.raises(StratocacheError) as caught:
+        remotes.parse_fingerprint("abc")
+    assert caught.value.code == "fingerprint-invalid"
