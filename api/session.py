@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +128,7 @@ class Session:
             click.echo(f"{name}: {plain(value)}")
 
     def show_table(
-        self, name: str, items: "Sequence[Document]", columns: dict[str, Callable[[Any], Any]]
+        self, name: str, items: "Sequence[Document]", columns: Mapping[str, Callable[[Any], Any]]
     ) -> None:
         """Write a list: as JSON, as a table on a terminal, else as lines with tabs."""
         if self.as_json:

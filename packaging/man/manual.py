@@ -185,6 +185,7 @@ def _see_also(page: Page, everything: list[Page]) -> list[str]:
 def _text(text: str) -> str:
     """Return a line of text that no macro or escape of roff is seen in."""
     text = text.replace("\\", "\\e").replace("-", "\\-")
+    text = "".join(sign if sign.isascii() else f"\\[u{ord(sign):04X}]" for sign in text)
     text = text.replace("'", "\\(aq").replace("`", "\\(ga")
     return f"\\&{text}" if text.startswith(".") else text
 

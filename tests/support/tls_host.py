@@ -109,10 +109,13 @@ class TlsHost(socketserver.ThreadingTCPServer):
         """Where it is."""
         return f"https://127.0.0.1:{self.server_address[1]}"
 
-    def finish_request(self, request: socket.socket, client_address: object) -> None:
+    def finish_request(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
+    ) -> None:
         """Greet, in the connection's own thread."""
+        assert isinstance(request, socket.socket)
         with suppress(OSError), self.context.wrap_socket(request, server_side=True) as link:
-            super().finish_request(link, client_address)  # type: ignore[arg-type]
+            super().finish_request(link, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up are what tests do."""
