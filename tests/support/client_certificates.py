@@ -1,6 +1,7 @@
-"""An authority that issues certificates to users, for tests."""
+"""An authority that issues certificates to users and hosts, for tests."""
 
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
@@ -25,8 +26,11 @@ class Authority:
         self.file = folder / "ca.pem"
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Return the files of a certificate for `CN=name,O=Example`, and of its key."""
+    def issue(self, name: str, *, address: str = "127.0.0.1", days: int = 1) -> tuple[Path, Path]:
+        """Return the files of a certificate for `CN=name,O=Example`, and of its key.
+
+        It is for a host at an address, too, and ends in `days`.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name(
             [
@@ -34,7 +38,12 @@ class Authority:
                 x509.NameAttribute(NameOID.COMMON_NAME, name),
             ]
         )
-        certificate = self._draft(subject, key.public_key()).sign(self._key, hashes.SHA256())
+        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))])
+        certificate = (
+            self._draft(subject, key.public_key(), days)
+            .add_extension(names, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
         files = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         files[0].write_bytes(certificate.public_bytes(Encoding.PEM))
         files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
@@ -45,7 +54,9 @@ class Authority:
         certificate = x509.load_pem_x509_certificate(files[0].read_bytes())
         return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
-    def _draft(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def _draft(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int = 1
+    ) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
@@ -53,6 +64,6 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=1))
+            .not_valid_before(now - timedelta(days=30))
+            .not_valid_after(now + timedelta(days=days))
         )
