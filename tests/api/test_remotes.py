@@ -322,7 +322,7 @@ def test_certificates_are_judged(
         ({"days": -1}, "certificate-expired"),
         ({"address": "192.0.2.1"}, "certificate-name-wrong"),
     ):
-        show_certificate(host.configuration, authority.issue("other", **changes))  # type: ignore[arg-type]
+        show_certificate(host.configuration, authority.issue("other", **changes))
         done = run("--url", host.url, "disk", "ls", STRATOCACHE_TOKEN=token)
         assert host.url in refused(done, 6, code)
 
