@@ -49,7 +49,7 @@ class RequestLog:
             "status": status,
             "duration_ms": round(took_ms, 1),
             "caller": caller.name if caller is not None else None,
-            "address": request.remote_addr or None,
+            "address": request.env.get("REMOTE_ADDR") or "unix",
         }
         text = "%(caller)s %(address)s: %(method)s %(path)s, %(status)s after %(duration_ms)s ms"
         log.log(level, text, facts, extra={"facts": facts})

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from stratocache.fs.handover import own
 from stratocache.fs.holder import Holder
 from stratocache.fs.network_server import NetworkServer
 from stratocache.fs.portal import Portal
+from stratocache.fs.privileges import Privileges
 from stratocache.fs.processes import Child, Launch
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.standby import REPORTS_LINK, Standby, reports
@@ -53,6 +54,8 @@ class Settings:
     web_address: str = ""
     """Where people and programs of the network are served; empty = nowhere."""
     web_port: int = 0
+    configured_paths: tuple[str, ...] = ()
+    """Folders of files that the configuration names; children may read them."""
 
 
 class Crew:
@@ -68,6 +71,9 @@ class Crew:
     def __init__(self, settings: Settings, commands: Mapping[str, Sequence[str]]) -> None:
         self._settings = settings
         self._directory = RunDirectory(settings.run_dir)
+        self._privileges = Privileges(
+            settings.state_dir, settings.run_dir, settings.port, settings.configured_paths
+        )
         lio = settings.backend == "lio"
         self.target = TargetProcess(
             settings.backend,
@@ -99,9 +105,17 @@ class Crew:
         self.spare = Child("spare", self._log_file("blockd"))
         self.spare.due_at = math.inf
         self._standby = Standby(
-            self.blockd, self.spare, commands.get("blockd", ["stratocache.fs.blockd"])
+            self.blockd,
+            self.spare,
+            commands.get("blockd", ["stratocache.fs.blockd"]),
+            self._privileges.of_blockd(),
         )
-        self._holder = Holder(self.holder, self._directory.blocks if lio else None)
+        # one that suspends the kernel's targets needs all that we have
+        self._holder = (
+            Holder(self.holder, None, self._directory.blocks)
+            if lio
+            else Holder(self.holder, self._privileges.of_holder())
+        )
         wanted = [server for server in self.networked if server.wanted]
         self.asking: tuple[Child, ...] = (self.api, *(server.child for server in wanted))
         """Who reads and writes the state beside `blockd`."""
@@ -209,7 +223,10 @@ class Crew:
             self.tgtd.due_at = time.monotonic() + _POLL_INTERVAL_S
             return
         assert self.mount is not None
-        self.tgtd.start(self.target.launch())
+        launch = self.target.launch()
+        if self._settings.backend == "tgt":  # who makes the kernel's targets needs all that we have
+            launch = replace(launch, confinement=self._privileges.of_tgtd(), spared=True)
+        self.tgtd.start(launch)
         self._holder.hold(self.mount.descriptor, self.tgtd.pidfd)
 
     def _start_api(self) -> None:
@@ -227,7 +244,10 @@ class Crew:
             "--config-json", str(self._settings.config_json),
             "--listen-fd", str(listener), "--ready-fd", str(ready),
         ]  # fmt: skip
-        launch = Launch([*command, *arguments], descriptors=(listener, ready))
+        launch = Launch(
+            [*command, *arguments], descriptors=(listener, ready),
+            confinement=self._privileges.of_server(child.name),
+        )  # fmt: skip
         try:
             child.start(launch, {REPORTS_LINK: ours})
         except BaseException:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stratocache.fs import lio_switch
+from stratocache.fs.confinement import Confinement
 from stratocache.fs.processes import Child, Launch
 
 _HOLD = b"H"
@@ -30,8 +31,11 @@ _PROGRAM = (sys.executable, "-m", "stratocache.fs.holder")
 class Holder:
     """The supervisor's side; `child` is its process."""
 
-    def __init__(self, child: Child, suspended: Path | None = None) -> None:
+    def __init__(
+        self, child: Child, confinement: Confinement | None, suspended: Path | None = None
+    ) -> None:
         self.child = child
+        self._confinement = confinement
         self._suspended = [] if suspended is None else [str(suspended)]
 
     def start(self) -> None:
@@ -43,6 +47,7 @@ class Holder:
                 [*_PROGRAM, str(theirs.fileno()), *self._suspended],
                 descriptors=(theirs.fileno(),),
                 dies_with_us=False,
+                confinement=self._confinement,
             )
             self.child.start(launch, {_SOCKET: ours.fileno()})
             ours.detach()

@@ -19,10 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stratocache.fs.confinement import Confinement, Prepared
+
 log = logging.getLogger(__name__)
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
+
+_OOM = Path("/proc/self/oom_score_adj")
 
 FIRST_DELAY_S = 0.1
 DELAY_MAX_S = 5.0
@@ -44,6 +48,10 @@ class Launch:
     """Inherited under the same numbers."""
     dies_with_us: bool = True
     """Whether the kernel kills it when we end."""
+    confinement: Confinement | None = None
+    """What it may do; None = all that we may."""
+    spared: bool = False
+    """Not to be killed when the host runs out of memory: guests' writes would be lost with it."""
 
 
 class Child:
@@ -103,17 +111,20 @@ class Child:
             )
         environment = {**os.environ, **launch.environment}
         environment.pop("NOTIFY_SOCKET", None)
+        confined = launch.confinement.prepare() if launch.confinement is not None else None
         try:
             self._popen = subprocess.Popen(
                 list(launch.command),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=environment, pass_fds=launch.descriptors, start_new_session=True,
                 # safe, as the supervisor has no threads
-                preexec_fn=_die_with(os.getpid()) if launch.dies_with_us else None,  # noqa: PLW1509
+                preexec_fn=_preparation(launch, confined),  # noqa: PLW1509
             )  # fmt: skip
         finally:
             if output is not None:
                 os.close(output)
+            if confined is not None:
+                confined.close()
         self._begin(self._popen.pid, os.pidfd_open(self._popen.pid), links or {})
         log.info("%s started, pid %d", self.name, self.pid)
 
@@ -237,14 +248,23 @@ class Child:
         return True
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return what a child does before exec to end when its parent does (PR_SET_PDEATHSIG).
+def _preparation(launch: Launch, confined: Prepared | None) -> Callable[[], None]:
+    """Return what a child does between fork and exec; safe, as the supervisor has no threads.
 
-    Run between fork and exec; safe, as the supervisor has no threads.
+    It ends when its parent does (PR_SET_PDEATHSIG), and gives up what it does not need.
     """
+    parent = os.getpid()
 
     def prepare() -> None:
-        if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) or os.getppid() != parent:
+        if launch.dies_with_us and (
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) or os.getppid() != parent
+        ):
+            os._exit(1)
+        if launch.spared:
+            with suppress(OSError):  # not ours to say, as in a container
+                _OOM.write_bytes(b"-1000")
+        if confined is not None and not confined.enter():
+            os.write(2, b"this process cannot be confined\n")
             os._exit(1)
 
     return prepare

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from stratocache.fs.confinement import Confinement
 from stratocache.fs.processes import Child, Launch
 
 _PR_SET_NAME = 15
@@ -32,10 +33,13 @@ class Standby:
     `module` has a `prepare()`, and a `main()` that reads `sys.argv` and writes `R` to `--ready-fd` when it serves.
     """
 
-    def __init__(self, active: Child, spare: Child, module: Sequence[str]) -> None:
+    def __init__(
+        self, active: Child, spare: Child, module: Sequence[str], confinement: Confinement
+    ) -> None:
         self.active = active
         self.spare = spare
         self._module = list(module)
+        self._confinement = confinement
 
     def start_active(self, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
         """Let the spare become the program, else start one; raises `OSError`."""
@@ -58,7 +62,9 @@ class Standby:
             sys.executable, "-m", "stratocache.fs.standby", "--go-fd", str(waits), *ready_fd,
             *self._module, *arguments, *ready_fd,
         ]  # fmt: skip
-        launch = Launch(command, descriptors=(*descriptors, ready, waits))
+        launch = Launch(
+            command, descriptors=(*descriptors, ready, waits), confinement=self._confinement
+        )
         try:
             child.start(launch, {REPORTS_LINK: reports, _GO_LINK: go})
         except BaseException:

@@ -26,6 +26,7 @@ from stratocache import __version__
 from stratocache.cache.errors import StratocacheError
 from stratocache.cache.structured_log import LogFormat, configure_log
 from stratocache.fs import handover
+from stratocache.fs.confinement import configured_paths
 from stratocache.fs.crew import Crew, Settings
 from stratocache.fs.listener import listen, listens_at
 from stratocache.fs.mount_keeper import STORED_AS, MountKeeper
@@ -352,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers_port=peers.get("port", 0),
         web_address=api.get("address", ""),
         web_port=api.get("port", 0),
+        configured_paths=configured_paths(configuration),
     )
     form = configuration.get("log", {}).get("format", "text")
     return run_reporting(Supervisor(settings), configuration["log_level"], form)
