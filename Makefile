@@ -48,6 +48,11 @@ lint: venv ## check style, format and types
 man: venv ## write the manual pages, made from the commands, to build/man
 	@$(RUN)/python packaging/man/manual.py build/man
 
+audit: venv ## look for known faults in our code and in the libraries that are installed
+	@$(RUN)/bandit -q -ll -r api cache fs packaging
+	@$(RUN)/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+	@$(RUN)/pip-audit --local --progress-spinner off
+
 bench: test-tools ## measure, print the table, write build/bench.json (root)
 	@mkdir -p build
 	@$(RUN)/python tests/bench/run.py --output build/bench.json

@@ -126,7 +126,7 @@ class PeerClient:
                 reason = f"the authorities in {self._settings.ca_file} cannot be read: {error}"
                 raise Unavailable(reason, "wrong") from None
             context.minimum_version = ssl.TLSVersion.TLSv1_3
-            self._client = httpx.AsyncClient(
+            self._client = httpx.AsyncClient(  # nosec B113 # each request has its own
                 verify=context, trust_env=False, timeout=None,
                 limits=httpx.Limits(
                     max_connections=None, max_keepalive_connections=_CONNECTIONS_KEPT,

@@ -170,7 +170,8 @@ def update_account(db: Database, caller: Caller, name: str, changes: dict[str, A
         try:
             if columns:
                 connection.execute(
-                    f"UPDATE accounts SET {assignments} WHERE name = ?", (*columns.values(), name)
+                    f"UPDATE accounts SET {assignments} WHERE name = ?",  # nosec B608 # no value in it
+                    (*columns.values(), name),
                 )
         except sqlite3.IntegrityError as error:
             raise _taken(name, error) from None

@@ -75,13 +75,13 @@ class Blocks:
         return self._image("number = ?", number)
 
     def _image(self, condition: str, value: object) -> Image | None:
-        row = self._db.row(f"SELECT * FROM images WHERE {condition} AND {_READABLE}", value)
+        row = self._db.row(f"SELECT * FROM images WHERE {condition} AND {_READABLE}", value)  # nosec B608 # no value in it
         return records.image_from(row) if row else None
 
     def images_after(self, number: int, limit: int) -> Sequence[Image]:
         """Return at most `limit` images of a greater number, in order."""
         rows = self._db.rows(
-            f"SELECT * FROM images WHERE number > ? AND {_READABLE} ORDER BY number LIMIT ?",
+            f"SELECT * FROM images WHERE number > ? AND {_READABLE} ORDER BY number LIMIT ?",  # nosec B608 # no value in it
             number,
             limit,
         )
@@ -96,13 +96,13 @@ class Blocks:
         return self._disk("number = ?", number)
 
     def _disk(self, condition: str, value: object) -> Disk | None:
-        row = self._db.row(f"SELECT * FROM disks WHERE {condition} AND {_OVERLAY}", value)
+        row = self._db.row(f"SELECT * FROM disks WHERE {condition} AND {_OVERLAY}", value)  # nosec B608 # no value in it
         return records.disk_from(row) if row else None
 
     def disks_after(self, number: int, limit: int) -> Sequence[Disk]:
         """Return at most `limit` overlay disks of a greater number, in order."""
         rows = self._db.rows(
-            f"SELECT * FROM disks WHERE number > ? AND {_OVERLAY} ORDER BY number LIMIT ?",
+            f"SELECT * FROM disks WHERE number > ? AND {_OVERLAY} ORDER BY number LIMIT ?",  # nosec B608 # no value in it
             number,
             limit,
         )

@@ -363,7 +363,7 @@ def end_launch(
 def quarantine(connection: sqlite3.Connection, attachment: Attachment) -> None:
     """Keep a volatile disk that nobody else has, within the caller's transaction."""
     kept = connection.execute(
-        "UPDATE disks SET quarantined_at = ? WHERE uuid = ? AND volatile = 1 "
+        "UPDATE disks SET quarantined_at = ? WHERE uuid = ? AND volatile = 1 "  # nosec B608 # no value in it
         f"AND state = 'available' AND quarantined_at IS NULL AND {_NO_OTHER}",
         (now(), attachment.disk_uuid, attachment.id),
     )
@@ -382,7 +382,7 @@ def remove_attachment(
     if fencing:
         _mark_fencing(connection, attachment)
     going = connection.execute(
-        "UPDATE disks SET state = 'deleting' "
+        "UPDATE disks SET state = 'deleting' "  # nosec B608 # no value in it
         f"WHERE uuid = ? AND volatile = 1 AND quarantined_at IS NULL AND {_NO_OTHER}",
         (attachment.disk_uuid, attachment.id),
     )

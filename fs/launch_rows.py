@@ -175,7 +175,7 @@ def _clone_size_bytes(image: Image, wanted_bytes: int | None) -> int:
 def _hold(connection: sqlite3.Connection, image: Image) -> None:
     """Note the use of an image in the transaction that makes it used; it may be going meanwhile."""
     held = connection.execute(
-        f"UPDATE images SET last_used_at = ? WHERE id = ? AND state IN {records.SERVABLE}",
+        f"UPDATE images SET last_used_at = ? WHERE id = ? AND state IN {records.SERVABLE}",  # nosec B608 # no value in it
         (now(), image.id),
     )
     if held.rowcount != 1:

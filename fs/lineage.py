@@ -54,7 +54,9 @@ def lineage_of(
     disks = [
         records.disk_from(row)
         for row in db.rows(
-            f"SELECT * FROM disks WHERE {wanted} ORDER BY number LIMIT ?", *given, nodes_max
+            f"SELECT * FROM disks WHERE {wanted} ORDER BY number LIMIT ?",  # nosec B608 # no value in it
+            *given,
+            nodes_max,
         )
     ]
     snapshots = [
@@ -67,7 +69,7 @@ def lineage_of(
         )
     ]
     counted = db.row(
-        f"SELECT count(*), coalesce(sum((SELECT count(*) FROM snapshots WHERE disk_uuid = uuid)), 0) "
+        f"SELECT count(*), coalesce(sum((SELECT count(*) FROM snapshots WHERE disk_uuid = uuid)), 0) "  # nosec B608 # no value in it
         f"FROM disks WHERE {wanted}",
         *given,
     )

@@ -357,7 +357,7 @@ def _end(
     operation_id: str | None,
 ) -> list[sqlite3.Row]:
     return connection.execute(
-        f"UPDATE operations SET state = :state, {column} = :value, updated_at = :at "
+        f"UPDATE operations SET state = :state, {column} = :value, updated_at = :at "  # nosec B608 # no value in it
         "WHERE kind = :kind AND subject = :subject AND state IN ('pending', 'running') "
         "AND (:id IS NULL OR id = :id) RETURNING owner",
         {

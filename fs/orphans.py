@@ -17,12 +17,12 @@ _DONE = f"""
         OR kind IN ('attach', 'migrate')
             AND subject IN (SELECT id FROM attachments WHERE state = 'ready')
         OR kind = 'launch' AND id IN (SELECT operation_id FROM launches WHERE state = 'active'))
-"""
+"""  # nosec B608 # no value in it
 _GONE = f"""
     {_OPEN} AND (
         kind IN ('attach', 'migrate') AND subject NOT IN (SELECT id FROM attachments)
         OR kind = 'launch' AND id NOT IN (SELECT operation_id FROM launches))
-"""
+"""  # nosec B608 # no value in it
 
 
 def end_orphans(db: Database) -> None:

@@ -75,6 +75,6 @@ def select(
         f"{order} {direction}" if order == number else f"{order} {direction}, {number} {direction}"
     )
     return db.rows(
-        f"SELECT * FROM {table} WHERE {' AND '.join(conditions)} ORDER BY {ordered} LIMIT ?",
+        f"SELECT * FROM {table} WHERE {' AND '.join(conditions)} ORDER BY {ordered} LIMIT ?",  # nosec B608 # no value in it
         *values, limit,
     )  # fmt: skip

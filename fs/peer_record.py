@@ -59,7 +59,7 @@ def add_service(db: Database, news: PeerService) -> None:
     changes = ", ".join(f"{name} = {name} + :{name}" for name in names)
     with db.transaction() as connection:
         connection.execute(
-            f"UPDATE peer_service SET {changes}, updated_at = :at",
+            f"UPDATE peer_service SET {changes}, updated_at = :at",  # nosec B608 # no value in it
             {"at": now(), **{name: getattr(news, name) for name in names}},
         )
 
@@ -103,7 +103,7 @@ class PeerRecord:
                 self._store_one(connection, item)
             marks = ", ".join("?" * len(found))
             connection.execute(
-                f"DELETE FROM peers WHERE location NOT IN ({marks})",
+                f"DELETE FROM peers WHERE location NOT IN ({marks})",  # nosec B608 # no value in it
                 [item.location for item in found],
             )
             for event, item in self._turns(found):

@@ -196,16 +196,16 @@ class TrafficRecord:
         columns = _NAMES if table == "image_traffic" else _NAMES[:2]
         sums = ", ".join(f"{column} = {column} + excluded.{column}" for column in columns)
         connection.execute(
-            f"INSERT INTO {table} ({key}, {', '.join(columns)}, updated_at) "
+            f"INSERT INTO {table} ({key}, {', '.join(columns)}, updated_at) "  # nosec B608 # no value in it
             f"SELECT value, {', '.join('?' * len(columns))}, ? FROM ({owners}) WHERE value = ? "
             f"ON CONFLICT ({key}) DO UPDATE SET {sums}, updated_at = excluded.updated_at",
             (*(getattr(row, column) for column in columns), now(), name),
         )
         if row.remote_bytes or row.remote_wait_s:
-            found = connection.execute(f"SELECT history FROM {table} WHERE {key} = ?", (name,))
+            found = connection.execute(f"SELECT history FROM {table} WHERE {key} = ?", (name,))  # nosec B608 # no value in it
             for (text,) in found.fetchall():
                 connection.execute(
-                    f"UPDATE {table} SET history = ? WHERE {key} = ?",
+                    f"UPDATE {table} SET history = ? WHERE {key} = ?",  # nosec B608 # no value in it
                     (_extended(text, row, self._clock()), name),
                 )
 

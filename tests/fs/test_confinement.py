@@ -30,7 +30,7 @@ OF_TGTD = {CAP_IPC_LOCK, CAP_NET_BIND_SERVICE, CAP_SYS_RESOURCE}
 CAPABILITIES: dict[str, set[int]] = {
     "stratocache.fs.standby": {CAP_IPC_LOCK},  # blockd and its spare
     "stratocache.api.server": set(),
-    "stratocache.api.peer_server": set(),
+    "stratocache.api.web_server": set(),
     "stratocache.fs.holder": set(),
     "tgtd": OF_TGTD,
 }
@@ -95,8 +95,9 @@ def test_each_process_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
     get no others, and is filtered; the supervisor's restarts of them are no exception."""
     published = publish_image(tmp_path / "published", 1024**2)
     with Appliance(
-        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint
-    ) as appliance:
+        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
+        extra=f'api.address = "127.0.0.1"\napi.port = {free_port()}\napi.workers = 1',
+    ) as appliance:  # fmt: skip
         ours = _capabilities(os.getpid(), "CapPrm")
         for pid in appliance.pids("stratocache.api.server"):
             os.kill(pid, signal.SIGKILL)
@@ -114,7 +115,7 @@ def test_each_process_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
                 assert _capabilities(pid, kind) == expected, (name, kind)
             assert _capabilities(pid, "CapInh") == _capabilities(pid, "CapAmb") == set()
             assert (_field(pid, "NoNewPrivs"), _field(pid, "Seccomp")) == ("1", "2"), name
-    assert seen == CAPABILITIES.keys() - {"stratocache.api.peer_server"}
+    assert seen == CAPABILITIES.keys()
 
 
 def _probe(confinement: Confinement, folder: Path, *ports: int) -> dict[str, str]:
