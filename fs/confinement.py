@@ -118,7 +118,7 @@ class Prepared:
         header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
         low, high = kept & 0xFFFFFFFF, kept >> 32
         # effective, permitted, inheritable; twice, of 32 each
-        return _LIBC.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)) == 0
+        return bool(_LIBC.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)) == 0)
 
     def close(self) -> None:
         """Close what was opened for it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.api_daemon import Api, serving
+from support.network_client import Stranger
 
 from stratocache.api import connection_worker
 from stratocache.api.connection_worker import PatientSocket
@@ -193,3 +194,20 @@ def test_administrators_of_this_host_are_not_limited(configuration: Configuratio
     slow = configuration.model_copy(update={"api": ApiSettings(requests_per_s=1)})
     with Api(slow).caller() as root:
         assert {root("GET", "/v1").status_code for _ in range(20)} == {200}
+
+
+def test_strangers_who_ask_too_often_are_sent_away(configuration: Configuration) -> None:
+    """An address without credentials is soon told to wait, before anything else; other addresses,
+    and callers that we know, are not kept out by it."""
+    slow = configuration.model_copy(update={"api": ApiSettings(requests_per_s=20)})
+    api = Api(slow)
+    one, other = Stranger(api.client), Stranger(api.client, address="192.0.2.8")
+    answers = [one("GET", "/v1/disks") for _ in range(8)]
+
+    codes = [answer.status_code for answer in answers]
+    assert codes[:4] == [401] * 4
+    assert codes[-1] == 429
+    assert int(answers[-1].headers["Retry-After"]) >= 1
+    assert other("GET", "/v1/disks").status_code == 401
+    with api.caller() as root:
+        assert root("GET", "/v1/disks").status_code == 200

@@ -1,17 +1,19 @@
-"""CHAP secrets of attachments in use: where they are found, and where they must not be."""
+"""Secrets of attachments and of accounts in use: where they are found, and where they must not be."""
 
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from support.appliance import Appliance
+from support.appliance import Appliance, free_port
 from support.publishing import publish_image
 
 MIB = 1024**2
@@ -87,6 +89,79 @@ def test_secrets_stay_where_they_belong(tmp_path: Path) -> None:
         assert appliance.request("DELETE", f"/v1/launches/{launch['instance']}")[0] == 204
         assert not any(_has(path.read_bytes(), secrets) for path in _files(tmp_path, "secrets"))
     assert not _has(appliance.log.read_bytes(), secrets)
+
+
+def test_secrets_of_accounts_stay_where_they_belong(tmp_path: Path) -> None:
+    """No log, event, process, file, database or answer to another user has a password, a token or the
+    cookie of a session, right or wrong, after restarts of who knows them; the key of TLS and the token
+    for the first account are for root alone, and that token goes with its use."""
+    port = free_port()
+    with Appliance(
+        tmp_path / "appliance", endpoint="http://127.0.0.1:9",
+        extra=f'log_level = "debug"\napi.address = "127.0.0.1"\napi.port = {port}\napi.workers = 1',
+    ) as appliance:  # fmt: skip
+        key = appliance.state_dir / "tls/web.key"
+        first = appliance.state_dir / "first-token"
+        _wait_for(first.exists)
+        assert first.stat().st_mode & 0o777 == key.stat().st_mode & 0o777 == 0o600
+        secrets = _use_accounts(appliance, port)
+        assert not first.exists()
+        for program in ("stratocache.api.web_server", "stratocache.api.server"):
+            for pid in appliance.pids(program):
+                os.kill(pid, signal.SIGKILL)
+        _wait_for(appliance.ready)
+
+        assert _processes_with(secrets) == []
+        paths = [
+            "/v1/accounts", "/v1/accounts/jane", "/v1/accounts/jane/tokens", "/v1/audit",
+            "/v1/session", "/v1/events", "/v1/operations", "/v1/overview", "/metrics", "/accounts",
+        ]  # fmt: skip
+        answers = _answers_of(appliance, paths)
+        own = [appliance.exchange("GET", path)[1] for path in paths]
+        assert not any(_has(text.encode(), secrets) for _, _, text in answers)
+        assert not any(_has(content, secrets) for content in own)
+        assert b"jane" in own[3]
+    files = list(_files(tmp_path))
+    assert {"state.db", "serve.log"} <= {path.name for path in files}
+    assert [path for path in files if _has(path.read_bytes(), secrets)] == []
+    assert _readable_by_others([key]) == []
+
+
+def _use_accounts(appliance: Appliance, port: int) -> set[str]:
+    """Make an account, come in by every way, and try wrong ones; return all that is secret."""
+    words = {"password": "correct horse 4711", "wrong": "incorrect horse 4712"}
+    wanted = {"name": "jane", "role": "admin", "password": words["password"]}
+    assert appliance.request("POST", "/v1/accounts", wanted)[0] == 201
+    scopes = {"description": "a launcher's", "scopes": ["read", "disks"]}
+    status, token = appliance.request("POST", "/v1/accounts/jane/tokens", scopes)
+    assert status == 201, token
+    context = ssl.create_default_context(cafile=str(appliance.state_dir / "tls/web.pem"))
+    with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context, timeout=60) as web:
+        logged_in = web.post("/v1/session", json={"name": "jane", "password": words["password"]})
+        assert logged_in.status_code == 201, logged_in.text
+        cookie = logged_in.headers["set-cookie"].partition(";")[0].partition("=")[2]
+        web.cookies.clear()
+        wrong = web.post("/v1/session", json={"name": "jane", "password": words["wrong"]})
+        assert wrong.status_code == 401
+        forged = "sct_" + "x" * 43
+        for bearer, expected in ((token["token"], 201), (forged, 401)):
+            made = web.post(
+                "/v1/disks?wait=60", json={"size_bytes": MIB},
+                headers={"Authorization": f"Bearer {bearer}"},
+            )  # fmt: skip
+            assert made.status_code == expected, made.text
+        shown = web.get(
+            f"/v1/disks?token={forged}", headers={"Cookie": f"__Host-stratocache={cookie}"}
+        )
+        assert shown.status_code == 400
+    return {*words.values(), token["token"], cookie, forged}
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _launch(appliance: Appliance, reference: str) -> Any:
@@ -167,14 +242,19 @@ def _answers_to_nobody(
         *(f"/v1/disks/{uuid}/attachments" for uuid in disks),
         *(f"/v1/operations/{operation['id']}" for operation in operations),
     ]  # fmt: skip
+    answers = _answers_of(appliance, paths)
+    assert 200 in {status for _, status, _ in answers}
+    return answers
+
+
+def _answers_of(appliance: Appliance, paths: Sequence[str]) -> list[tuple[str, int, str]]:
+    """Let another user ask for some paths."""
     (appliance.run_dir / "api.sock").chmod(0o666)
     done = subprocess.run(
         [sys.executable, "-I", "-c", ASK, *paths], cwd=appliance.run_dir,
         check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    answers = [(path, status, text) for path, status, text in json.loads(done.stdout)]
-    assert 200 in {status for _, status, _ in answers}
-    return answers
+    return [(path, status, text) for path, status, text in json.loads(done.stdout)]
 
 
 def _files(folder: Path, *below: str) -> Iterator[Path]:
