@@ -16,8 +16,8 @@ from stratodemo.programs import run_program
 
 FIRST_LINE = "Debian GNU/Linux"
 """Of the root file system's process 1: `Welcome to Debian GNU/Linux 12 (bookworm)!`."""
-LAST_LINE = "debian ttyS0"
-"""Above the prompt for a login. What systemd says while that program opens the terminal gets lost."""
+LAST_LINE = "Multi-User System"
+"""Of the same, when it has started everything."""
 
 _PACKAGES = (
     "systemd-sysv", "udev", "dbus", "ifupdown", "iproute2", "zstd", "linux-image-cloud-amd64",
@@ -26,7 +26,9 @@ _LABEL = "debian-root"
 _KERNEL_COMMAND_LINE = (
     f"root=LABEL={_LABEL} ro console=ttyS0 quiet systemd.show_status=yes mitigations=off "
     # a busy host does not give the emulated timer its turn in time, and Linux panics over that
-    "random.trust_cpu=on no_timer_check"
+    "random.trust_cpu=on no_timer_check "
+    # it would flush the terminal as it opens it, and systemd's last line with it now and then
+    "systemd.mask=serial-getty@ttyS0.service"
 )
 _CONFIGURATION = f"""\
 set root=(hd0,msdos1)
