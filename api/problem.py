@@ -19,6 +19,7 @@ from stratocache.cache.errors import StratocacheError
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+_RETRY_AFTER_S = 1
 
 
 class HttpProblem(falcon.HTTPError):
@@ -80,6 +81,8 @@ def _handle_error(
     _parameters: dict[str, Any],
 ) -> None:
     _write(response, document_of(error))
+    if isinstance(error, errors.Unreachable):
+        response.set_header("Retry-After", str(_RETRY_AFTER_S))
 
 
 def _handle_failed_operation(

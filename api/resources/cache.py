@@ -131,9 +131,9 @@ class PeerServiceView(Representation):
         return cls(**asdict(service))
 
 
-class StatusView(CacheView):
-    """The account, what fetching cost and the cache saved, the scrubber, what is lost, and the peers;
-    `stratocache.fs.fetch_account.HostAccount` says what each of the sums counts."""
+class FetchView(Representation):
+    """What fetching cost and the cache saved; `stratocache.fs.fetch_account.HostAccount` says what
+    each of the sums counts."""
 
     remote_bytes: int
     remote_wait_s: float
@@ -146,6 +146,12 @@ class StatusView(CacheView):
     misses: int
     miss_bytes: int
     hit_ratio: float | None
+
+
+class StatusView(FetchView, CacheView):
+    """The account, what fetching cost and the cache saved, the scrubber, what is lost, and the
+    peers."""
+
     scrub: ScrubView
     losses: list[LossView]
     peers: list[PeerView]

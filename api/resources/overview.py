@@ -8,10 +8,10 @@ import falcon
 from stratocache import __version__
 from stratocache.api import answers, query, readiness
 from stratocache.api.representations import EventView, OperationView, Representation
+from stratocache.api.resources.cache import FetchView
 from stratocache.api.service import Service
 from stratocache.cache.configuration import CacheSettings
 from stratocache.fs import fetch_account, overview
-from stratocache.fs.fetch_account import HostAccount
 from stratocache.fs.overview import Counts, Problem
 from stratocache.fs.records import Caller
 from stratocache.fs.space_plan import SpaceAccount
@@ -75,27 +75,6 @@ class OverviewCounts(Representation):
         return cls(**asdict(counts))
 
 
-class OverviewCache(Representation):
-    """What fetching cost and the cache saved; see `stratocache.fs.fetch_account.HostAccount`."""
-
-    remote_bytes: int
-    remote_wait_s: float
-    cache_saved_bytes: int
-    dedup_saved_bytes: int
-    shared_bytes: int
-    evicted_bytes: int
-    hits: int
-    hit_bytes: int
-    misses: int
-    miss_bytes: int
-    hit_ratio: float | None
-
-    @classmethod
-    def of(cls, account: HostAccount) -> Self:
-        """Show an account."""
-        return cls(**asdict(account))
-
-
 class ProblemView(Representation):
     """Something that somebody should look at."""
 
@@ -117,7 +96,7 @@ class OverviewView(Representation):
     at: str
     space: OverviewSpace
     counts: OverviewCounts
-    cache: OverviewCache
+    cache: FetchView
     operations: list[OperationView]
     """Under way, newest first."""
     events: list[EventView]
@@ -150,7 +129,7 @@ def overview_of(service: Service, caller: Caller) -> OverviewView:
         at=now(),
         space=OverviewSpace.of(account, overview.stored_bytes(db), configuration.cache),
         counts=OverviewCounts.of(overview.counts(db, caller)),
-        cache=OverviewCache.of(fetch_account.of_host(db, account.chunk_bytes)),
+        cache=FetchView(**asdict(fetch_account.of_host(db, account.chunk_bytes))),
         operations=[OperationView.of(item) for item in overview.under_way(db, caller, _SHOWN_MAX)],
         events=[
             EventView(**asdict(item)) for item in overview.latest_events(db, caller, _SHOWN_MAX)

@@ -153,6 +153,7 @@ def test_streams_leave_threads_for_others(configuration: Configuration) -> None:
         refused = Stream(few, "/v1/events")
         open_streams.callback(refused.close)
         assert refused.answer.status == 503
+        assert refused.answer.getheader("retry-after") == "1"
         assert json.loads(refused.answer.read())["code"] == "server-busy"
         page = Stream(few, "/v1/events", Accept="application/json")
         open_streams.callback(page.close)

@@ -18,14 +18,7 @@ REQUESTS = 40
 def measure(directory: Path, samples: int) -> Iterable[Result]:
     """Measure the first and the last page of all disks; their rows are put in straight."""
     with Appliance(directory / "appliance", endpoint="file:///nowhere") as appliance:
-        with closing(sqlite3.connect(appliance.state_dir / "state.db")) as connection, connection:
-            connection.executemany(
-                "INSERT INTO disks (uuid, state, size_bytes, form, owner, visibility, kind, "
-                "volatile, created_at) VALUES "
-                "(?, 'available', 1048576, 'raw', 'root', 'private', 'data', 0, "
-                "'2026-01-01T00:00:00.000000Z')",
-                [(str(uuid.uuid4()),) for _ in range(DISKS)],
-            )
+        insert_disks(appliance, [str(uuid.uuid4()) for _ in range(DISKS)])
         last, path = "/v1/disks", "/v1/disks"
         while path:
             cursor = appliance.request("GET", path)[1]["next"]
@@ -36,6 +29,18 @@ def measure(directory: Path, samples: int) -> Iterable[Result]:
                 times = sorted(_milliseconds(appliance, address) for _ in range(REQUESTS))
                 p95s.append(times[int(REQUESTS * 0.95) - 1])
             yield Result(f"{name} page of {DISKS} disks, p95", "ms", p95s, 30, at_least=False)
+
+
+def insert_disks(appliance: Appliance, uuids: Iterable[str]) -> None:
+    """Put rows of disks in straight."""
+    with closing(sqlite3.connect(appliance.state_dir / "state.db")) as connection, connection:
+        connection.executemany(
+            "INSERT INTO disks (uuid, state, size_bytes, form, owner, visibility, kind, "
+            "volatile, created_at) VALUES "
+            "(?, 'available', 1048576, 'raw', 'root', 'private', 'data', 0, "
+            "'2026-01-01T00:00:00.000000Z')",
+            [(name,) for name in uuids],
+        )
 
 
 def _milliseconds(appliance: Appliance, path: str) -> float:

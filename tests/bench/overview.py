@@ -1,17 +1,15 @@
 """The overview of a host with many disks: the document, and the page that people see."""
 
-import sqlite3
 import time
 import uuid
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 
 from support.appliance import Appliance
 
+from bench.listing import DISKS, insert_disks
 from bench.result import Result
 
-DISKS = 10_000
 REQUESTS = 40
 DOCUMENT_MS_MAX = 30
 PAGE_MS_MAX = 300
@@ -25,14 +23,7 @@ def measure(directory: Path, samples: int) -> Iterable[Result]:
             folder = appliance.state_dir / "disks" / name
             folder.mkdir(parents=True)
             (folder / "data").touch()
-        with closing(sqlite3.connect(appliance.state_dir / "state.db")) as connection, connection:
-            connection.executemany(
-                "INSERT INTO disks (uuid, state, size_bytes, form, owner, visibility, kind, "
-                "volatile, created_at) VALUES "
-                "(?, 'available', 1048576, 'raw', 'root', 'private', 'data', 0, "
-                "'2026-01-01T00:00:00.000000Z')",
-                [(name,) for name in uuids],
-            )
+        insert_disks(appliance, uuids)
         for name, path, limit_ms in (
             ("document", "/v1/overview", DOCUMENT_MS_MAX),
             ("page", "/", PAGE_MS_MAX),

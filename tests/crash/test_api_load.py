@@ -9,42 +9,28 @@ import json
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.appliance import Appliance
+from support.appliance import Appliance, UnixConnection
 from support.publishing import publish_image
 
 SECONDS = float(os.environ.get("LOAD_SECONDS", "6"))
 CLIENTS = int(os.environ.get("LOAD_CLIENTS", "16"))
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
 QUOTA_DISKS = 40
-RETRY_S = 60
+KILL_INTERVAL_S = min(60.0, max(3.0, SECONDS / 4))
+RETRY_S = 120
 """How long a client tries again when a worker that had its request is gone."""
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600 + 3 * SECONDS)]
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("api", timeout=120)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 @dataclass
@@ -57,6 +43,11 @@ class Record:
     accepted: dict[str, str] = field(default_factory=dict)
     """Disks by the key that each was asked for with."""
     deleted: set[str] = field(default_factory=set)
+    down: bool = False
+    """Whether the API is being restarted."""
+    restarts: int = 0
+    disturbed: int = 0
+    """Requests that a restart delayed; they are not among the times."""
     cut: int = 0
     """Connections that a restart cut, and whose requests were sent again."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -71,7 +62,7 @@ class Client:
         self._image = image
         self._chance = random.Random(SEED + number)
         self._number = number
-        self._connection: _Connection | None = None
+        self._connection: UnixConnection | None = None
         self._disks: list[str] = []
         self._count = 0
 
@@ -107,23 +98,29 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
         deadline_s, started_s = time.monotonic() + RETRY_S, time.monotonic()
+        calm = not self._record.down
+        restarts = self._record.restarts
         while True:
             try:
                 status, answer = self._once(method, path, content, headers)
             except (OSError, http.client.HTTPException):
+                if self._connection is not None:
+                    self._connection.close()
                 self._connection = None
                 with self._record.lock:
                     self._record.cut += 1
                 assert time.monotonic() < deadline_s, f"{method} {path} is not answered"
                 time.sleep(0.05)
-                started_s = time.monotonic()
                 continue
             if status == 409 and answer.get("code") == "idempotency-key-busy":
                 time.sleep(0.05)
                 continue
             break
         with self._record.lock:
-            self._record.times_s[f"{method} {route}"].append(time.monotonic() - started_s)
+            if calm and restarts == self._record.restarts:
+                self._record.times_s[f"{method} {route}"].append(time.monotonic() - started_s)
+            else:
+                self._record.disturbed += 1
             self._record.statuses[f"{method} {route}", status] += 1
             if status >= 500 and answer.get("code") not in (
                 "server-busy",
@@ -137,7 +134,7 @@ class Client:
         self, method: str, path: str, content: bytes | None, headers: dict[str, str]
     ) -> tuple[int, Any]:
         if self._connection is None:
-            self._connection = _Connection(self._appliance.run_dir / "api.sock")
+            self._connection = UnixConnection(self._appliance.run_dir / "api.sock")
         self._connection.request(method, path, content, headers)
         answer = self._connection.getresponse()
         received = answer.read()
@@ -218,15 +215,14 @@ class Client:
 
     def _stream(self) -> None:
         """Follow the events for a moment, on a connection of its own."""
-        with suppress(OSError, http.client.HTTPException):
-            connection = _Connection(self._appliance.run_dir / "api.sock")
+        connection = UnixConnection(self._appliance.run_dir / "api.sock")
+        with closing(connection), suppress(OSError, http.client.HTTPException):
             connection.request("GET", "/v1/events", headers={"Accept": "text/event-stream"})
-            answer = connection.getresponse()
-            if answer.status == 200:
-                answer.readline()
-            else:
-                assert answer.status == 503
-            connection.close()
+            with connection.getresponse() as answer:
+                if answer.status == 200:
+                    answer.readline()
+                else:
+                    assert answer.status == 503
 
 
 @pytest.fixture
@@ -255,20 +251,16 @@ def test_many_clients_and_a_restart_lose_nothing(world: tuple[Appliance, str]) -
     threads = [threading.Thread(target=client.work, args=(ends_s,)) for client in clients]
     for thread in threads:
         thread.start()
-    kills = 0
     while (rest_s := ends_s - time.monotonic()) > 0:
-        time.sleep(min(rest_s, max(2.0, SECONDS / 10)))
+        time.sleep(min(rest_s, KILL_INTERVAL_S))
         if ends_s - time.monotonic() > 1:
-            for pid in appliance.pids("stratocache.api.server"):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM if kills % 2 else signal.SIGKILL)
-            kills += 1
+            _restart(appliance, record)
     for thread in threads:
         thread.join(RETRY_S * 3)
-    _report(record, kills)
+    _report(record)
 
     assert record.faults == []
-    assert kills > 0
+    assert record.restarts > 0
     listed = _all(appliance, "disks")
     kept = [disk for disk in listed if not disk["volatile"]]
     made = set(record.accepted.values())
@@ -303,10 +295,27 @@ def _settled(appliance: Appliance) -> None:
         time.sleep(0.2)
 
 
-def _report(record: Record, kills: int) -> None:
-    print(f"\n{CLIENTS} clients, {SECONDS:g} s, {kills} restarts, {record.cut} connections cut")
-    for route, times_s in sorted(record.times_s.items()):
-        ordered = sorted(times_s)
+def _restart(appliance: Appliance, record: Record) -> None:
+    """Kill the API, or tell it to stop, and wait until it serves again."""
+    with record.lock:
+        record.down = True
+        record.restarts += 1
+    for pid in appliance.pids("stratocache.api.server"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM if record.restarts % 2 else signal.SIGKILL)
+    time.sleep(0.5)
+    while not appliance.ready():
+        time.sleep(0.1)
+    record.down = False
+
+
+def _report(record: Record) -> None:
+    print(
+        f"\n{CLIENTS} clients, {SECONDS:g} s, {sum(record.statuses.values())} requests; "
+        f"{record.restarts} restarts delayed {record.disturbed}, cut {record.cut} connections"
+    )
+    for route in sorted({route for route, _ in record.statuses}):
+        ordered = sorted(record.times_s[route]) or [0.0]
         p95_ms = ordered[int(len(ordered) * 0.95)] * 1000
         statuses = {status: n for (name, status), n in record.statuses.items() if name == route}
         print(f"  {route:48} {len(ordered):6} p95 {p95_ms:8.1f} ms  {statuses}")

@@ -26,7 +26,7 @@ def free_port() -> int:
     return port
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class Appliance:
 
     def exchange(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         """Ask the API; return the status and the body as it came."""
-        connection = _UnixConnection(self.run_dir / "api.sock")
+        connection = UnixConnection(self.run_dir / "api.sock")
         with contextlib.closing(connection):
             try:
                 headers = {"Content-Type": "application/json"} if body is not None else {}
