@@ -8,7 +8,7 @@ from typing import Any
 
 import falcon
 
-from stratocache.api.authorisation import rule_of
+from stratocache.api.authorisation import find_route, rule_of
 from stratocache.api.request_origin import client_address
 from stratocache.cache.configuration import ApiSettings
 from stratocache.cache.structured_log import ON_BEHALF
@@ -66,15 +66,17 @@ class AuditMiddleware:
         caller: Caller | None,
         message: str,
     ) -> None:
-        rule = rule_of(request.method, request.uri_template)
+        template, parameters = _route(request)
+        rule = rule_of(request.method, template)
         action = rule.action if rule is not None else ""
+        user = caller.name if caller is not None else getattr(request.context, "audit_user", None)
         append_line(
             self._db,
-            user=caller.name if caller is not None else None,
+            user=user,
             address=client_address(request, self._settings),
             method=request.method[:16],
-            action=action or f"{request.method[:16]} {request.uri_template or 'nothing'}",
-            subject=_subject(request, response),
+            action=action or f"{request.method[:16]} {template or 'nothing'}",
+            subject=_subject(request, response, parameters),
             outcome=_outcome(response.status_code),
             status=response.status_code,
             operation_id=ON_BEHALF.get().operation_id or None,
@@ -113,11 +115,19 @@ def _outcome(status: int) -> Outcome:
     return "accepted" if status == 202 else "done"
 
 
-def _subject(request: falcon.Request, response: falcon.Response) -> str:
+def _route(request: falcon.Request) -> tuple[str | None, dict[str, Any]]:
+    """Return the route's template and the parameters of the address."""
+    parameters = getattr(request.context, "parameters", None)
+    if parameters is not None:
+        return request.uri_template, parameters
+    return find_route(request.method, request.path) or (request.uri_template, {})
+
+
+def _subject(request: falcon.Request, response: falcon.Response, parameters: dict[str, Any]) -> str:
     """Return what the request is about: objects of its address, or what it has made."""
     named = getattr(request.context, "audit_subject", None)
     if named is None:
-        named = "/".join(str(value) for value in (request.context.get("parameters") or {}).values())
+        named = "/".join(str(value) for value in parameters.values())
     if not named and response.status_code == 201 and response.location:
         named = response.location.rpartition("/")[2]
     return str(named)[:_SUBJECT_CHARACTERS_MAX]

@@ -1,13 +1,12 @@
 """Who sends a request: found out before any resource sees it (`ACCOUNTS.md`)."""
 
-import re
 import ssl
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import falcon
 
-from stratocache.api.authorisation import RULES
+from stratocache.api.authorisation import is_open
 from stratocache.api.identity import caller_of
 from stratocache.api.login import cookie_name
 from stratocache.api.problem import HttpProblem
@@ -39,9 +38,6 @@ class Authentication:
         self._settings = settings
         self._db = db
         self._issuers = _issuers(settings)
-        self._open = [
-            (method, _pattern(template)) for (method, template), rule in RULES.items() if rule.open
-        ]
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         """Find out who asks; raises `HttpProblem` 401 (`not-authenticated`) and 403
@@ -49,14 +45,8 @@ class Authentication:
         request.context.session = None
         request.context.first = False
         request.context.caller = None
-        if not self._is_open(request):
+        if not is_open(request.method, request.path):
             request.context.caller = self._caller(request)
-
-    def _is_open(self, request: falcon.Request) -> bool:
-        return any(
-            request.method == method and pattern.fullmatch(request.path)
-            for method, pattern in self._open
-        )
 
     def _caller(self, request: falcon.Request) -> Caller:
         if request.auth:
@@ -67,6 +57,7 @@ class Authentication:
         found = judge_session(self._db, cookies[0]) if cookies else None
         if found is not None:
             account, session = found
+            request.context.audit_user = account.name
             require_csrf_token(request, session)
             request.context.session = session
             return account.caller
@@ -142,9 +133,3 @@ def _issuers(settings: ApiSettings) -> "Issuers | None":
 
 def _unknown(sentence: str) -> HttpProblem:
     return HttpProblem(401, "not-authenticated", sentence, {"WWW-Authenticate": "Bearer"})
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    """Return what matches the addresses of a route."""
-    parts = re.split(r"\{[^}]*\}", template)
-    return re.compile("[^/]+".join(map(re.escape, parts)))

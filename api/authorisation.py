@@ -6,6 +6,7 @@ What a list shows, and what else a body names, is decided in `stratocache.fs`, w
 this again within its transactions.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -185,6 +186,38 @@ def allows(caller: Caller | None, method: str, template: str) -> bool:
 def rule_of(method: str, template: str | None) -> Rule | None:
     """Return the row of a route; None for methods that the route does not take."""
     return RULES.get((method, template or ""))
+
+
+def find_route(method: str, path: str) -> tuple[str, dict[str, str]] | None:
+    """Return the template that an address matches, with its parameters: for what is refused before
+    it is routed."""
+    for (known, template), pattern in _PATTERNS.items():
+        found = pattern.fullmatch(path) if known == method else None
+        if found is not None:
+            return template, found.groupdict()
+    return None
+
+
+def is_open(method: str, path: str) -> bool:
+    """Tell whether strangers may send this."""
+    return any(known == method and pattern.fullmatch(path) for known, pattern in _OPEN_PATTERNS)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = re.split(r"\{([^}]*)\}", template)
+    return re.compile(
+        "".join(
+            f"(?P<{part}>[^/]+)" if number % 2 else re.escape(part)
+            for number, part in enumerate(parts)
+        )
+    )
+
+
+_PATTERNS = {route: _pattern(route[1]) for route in RULES}
+_OPEN_PATTERNS = [
+    (method, pattern) for (method, template), pattern in _PATTERNS.items()
+    if RULES[method, template].open
+]  # fmt: skip
 
 
 def require_rules(app: falcon.App[falcon.Request, falcon.Response]) -> None:

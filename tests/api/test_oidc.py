@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from joserfc.jwk import RSAKey
 from support.api_daemon import Api, problem
-from support.network_client import Stranger, add_account, stranger
+from support.network_client import add_account, stranger
 from support.oidc_issuer import AUDIENCE, Issuer, issuing
 
+from stratocache.api import oidc
 from stratocache.cache.configuration import ApiSettings, Configuration, OidcSettings
 
 
@@ -39,10 +40,10 @@ def believing(configuration: Configuration, issuer: Issuer, **changes: Any) -> C
         "issuer": issuer.url, "audience": AUDIENCE, "jwks_url": f"{issuer.url}/keys",
         "role_claim": "groups", "roles": {"operators": "operator", "admins": "admin"}, **changes,
     }  # fmt: skip
-    oidc = OidcSettings.model_validate(
+    believed = OidcSettings.model_validate(
         {name: value for name, value in settings.items() if value is not None}
     )
-    api = configuration.api.model_copy(update={"oidc": (oidc,)})
+    api = configuration.api.model_copy(update={"oidc": (believed,)})
     return configuration.model_copy(update={"api": api})
 
 
@@ -51,11 +52,6 @@ def who(api: Api, token: str) -> tuple[str, str]:
     answer = stranger(api).with_token(token)("GET", "/v1/session")
     assert answer.status_code == 200, answer.text
     return answer.json["name"], answer.json["role"]
-
-
-def nobody_with(api: Api) -> Stranger:
-    """Return a stranger."""
-    return stranger(api)
 
 
 def test_issuer_says_who_somebody_is(api: Api, issuer: Issuer) -> None:
@@ -93,8 +89,8 @@ def test_tokens_that_are_not_believed(api: Api, issuer: Issuer) -> None:
         {"preferred_username": 7}, {"preferred_username": "no blanks"}, {"exp": "soon"},
         {"preferred_username": "root"}, {"preferred_username": None}, {"aud": {"a": AUDIENCE}},
     ):  # fmt: skip
-        token = issuer.token("jane", **claims) if claims else ""
-        answer = nobody_with(api).with_token(token)("GET", "/v1/session")
+        token = issuer.token("jane", **claims)
+        answer = stranger(api).with_token(token)("GET", "/v1/session")
         document = problem(answer, 401, "not-authenticated")
         assert token not in json.dumps(document)
     assert who(api, issuer.token("jane", exp=now - 30))[0] == "jane"  # clocks differ
@@ -123,7 +119,7 @@ def test_forged_tokens_are_not_believed(api: Api, issuer: Issuer) -> None:
         "a.b.c", "..", f"{header}.{payload}", f"{good}.x.y", "é.é.é".encode().decode("latin-1"),
         f"{header}.{base64.urlsafe_b64encode(b'[' * 9000).decode()}.{signature}", "x" * 20_000,
     ):  # fmt: skip
-        answer = nobody_with(api).with_token(token)("GET", "/v1/session")
+        answer = stranger(api).with_token(token)("GET", "/v1/session")
         problem(answer, 401, "not-authenticated")
 
 
@@ -142,6 +138,23 @@ def test_issuer_that_is_down_costs_nothing_at_first(
     issuer.broken = False
     assert who(fresh, token)[0] == "jane"
     fresh.db.close()
+
+
+def test_new_keys_are_found(api: Api, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that the issuer has had since its keys were read is found, and one that it has no more
+    is believed no more."""
+    old = issuer.token("jane")
+    assert who(api, old)[0] == "jane"
+    issuer.add_key("second", "RSA")
+    del issuer.keys["first"]
+    new = issuer.token("jane", key_id="second")
+    problem(stranger(api).with_token(new)("GET", "/v1"), 401, "not-authenticated")
+    monkeypatch.setattr(oidc, "_PAUSE_S", 0.0)
+
+    assert who(api, new)[0] == "jane"
+
+    problem(stranger(api).with_token(old)("GET", "/v1"), 401, "not-authenticated")
+    assert issuer.asked == 3
 
 
 def test_unknown_keys_do_not_make_us_ask_at_once_again(api: Api, issuer: Issuer) -> None:

@@ -39,7 +39,7 @@ def check(method: str, path: str, status: int, content_type: str, body: bytes) -
         answer = answers["default"]
     media_type = content_type.partition(";")[0]
     assert media_type in answer.get("content", {}), f"{method} {template} {status}: {media_type}"
-    if media_type.endswith("json"):
+    if media_type.endswith(("/json", "+json")):
         found = answer["content"][media_type]["schema"]
         _validator(json.dumps(found, sort_keys=True)).validate(json.loads(body))
 
