@@ -148,14 +148,19 @@ def everything_readable() -> tuple[str, ...]:
 
 
 def configured_paths(configuration: object) -> tuple[str, ...]:
-    """Return the folders of all files that a configuration names, whatever its keys are called."""
+    """Return the folders of all files that a configuration names, whatever its keys are called.
+
+    Folders, as files are replaced; of a link that of what it leads to, too.
+    """
     if isinstance(configuration, dict):
         configuration = list(configuration.values())
     if isinstance(configuration, list):
         return tuple(path for item in configuration for path in configured_paths(item))
     if isinstance(configuration, str) and configuration.startswith("/"):
-        folder = os.path.dirname(configuration)
-        return (folder,) if folder != "/" else ()
+        folders = {
+            os.path.dirname(path) for path in (configuration, os.path.realpath(configuration))
+        }
+        return tuple(sorted(folders - {"/"}))
     return ()
 
 

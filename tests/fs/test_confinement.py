@@ -211,15 +211,21 @@ def test_the_unit_gives_the_supervisor_enough(tmp_path: Path) -> None:
     assert attached["target_iqn"]
 
 
-def test_what_is_configured_can_be_read() -> None:
-    """The folders of all files that a configuration names are found, whatever the keys."""
+def test_what_is_configured_can_be_read(tmp_path: Path) -> None:
+    """The folders of all files that a configuration names are found, whatever the keys, and those of
+    what links lead to."""
+    link = tmp_path / "live/c.pem"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "archive/c1.pem")
     configuration = {
         "catalogues": {"a": {"policy_file": "/srv/policy/p.cfg", "endpoint": "http://x/y"}},
-        "api": {"certificate_file": "/home/www/tls/c.pem", "group": "g", "port": 1},
+        "api": {"certificate_file": str(link), "group": "g", "port": 1},
         "hosts": ["a", "/b"],
     }
 
-    assert set(configured_paths(configuration)) == {"/srv/policy", "/home/www/tls"}
+    assert set(configured_paths(configuration)) == {
+        "/srv/policy", str(tmp_path / "live"), str(tmp_path / "archive"),
+    }  # fmt: skip
 
 
 def test_a_process_that_cannot_be_confined_does_not_run(tmp_path: Path) -> None:
