@@ -40,7 +40,10 @@ _EXCHANGE_S = 8 * 3600.0
 """How long content may be converted before an answer comes."""
 _PAGES_MAX = 10_000
 _SUCCESSES = range(200, 300)
-_NEAREST = {401: "Refused", 404: "NotFound", 409: "Conflict", 412: "Conflict"}
+_NEAREST = {
+    401: "Refused", 403: "Refused", 404: "NotFound", 408: "Unreachable", 409: "Conflict",
+    412: "Conflict", 429: "Unreachable",
+}  # fmt: skip
 _CATEGORIES = {title: category.__name__ for category, title in TITLES.items()}
 
 

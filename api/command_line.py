@@ -37,6 +37,7 @@ _COMMANDS = {
     "peers": ("stratocache.api.peer_commands", "Hosts that give each other images."),
     "operation": ("stratocache.api.operation_commands", "Work under way."),
     "marketplace": ("stratocache.api.marketplace_commands", "Publish and check metadata."),
+    "account": ("stratocache.api.account_commands", "Who may come, and what they did."),
     "event": ("stratocache.api.event_commands", "What happened, and what happens."),
     "remote": ("stratocache.api.remote_commands", "Daemons of other hosts."),
     "completion": ("stratocache.api.completion_command", "Let a shell complete commands and ids."),

@@ -128,6 +128,17 @@ def _remotes(_session: Session, _parameters: dict[str, Any]) -> Found:
     return [(remotes.LOCAL, "this host"), *((remote.name, remote.url) for remote in known)]
 
 
+def _accounts(session: Session, _parameters: dict[str, Any]) -> Found:
+    return [(item["name"], item["role"]) for item in _items(session, "/v1/accounts", "accounts")]
+
+
+def _tokens(session: Session, parameters: dict[str, Any]) -> Found:
+    name = quote(parameters.get("name") or "-", safe="")
+    tokens = _items(session, f"/v1/accounts/{name}/tokens", "tokens")
+    return [(item["id"], item["description"]) for item in tokens]
+
+
+ACCOUNT: Final = Known(_accounts)
 DISK: Final = Known(_disks)
 HOLDER: Final = Known(_holders)
 """An instance that has the disk of the same command."""
@@ -137,3 +148,5 @@ OPERATION: Final = Known(_operations)
 REMOTE: Final = Known(_remotes)
 SNAPSHOT: Final = Known(_snapshots)
 """Of the disk of the same command."""
+TOKEN: Final = Known(_tokens)
+"""Of the account of the same command."""

@@ -30,6 +30,7 @@ from stratocache.api.open_iscsi_commands import (
     refuse_both,
 )
 from stratocache.api.session import Session, SizeType, json_option
+from stratocache.api.share_commands import share, shares, unshare
 from stratocache.api.sizes import format_size
 from stratocache.api.snapshot_commands import (
     hydrate,
@@ -60,6 +61,8 @@ disk.add_command(download)
 disk.add_command(lease)
 disk.add_command(migrate)
 disk.add_command(upload)
+for command in (share, shares, unshare):
+    disk.add_command(command)
 for command in (hydrate, resize, restore, rollback, save, snapshot, snapshot_rm, snapshots):
     disk.add_command(command)
 

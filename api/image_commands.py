@@ -1,6 +1,7 @@
 """`stratocache image`: the cached images."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -9,7 +10,7 @@ import click
 
 from stratocache.api.completion import IMAGE
 from stratocache.api.examples import examples
-from stratocache.api.session import Session, json_option
+from stratocache.api.session import Session, json_option, plain
 from stratocache.api.sizes import format_size
 from stratocache.api.watch import watch_option
 
@@ -255,6 +256,34 @@ def umount(session: Session, directory: Path) -> None:
     session.require_local()
     unmount_image(directory)
     session.show({"directory": str(directory)}, f"{directory} is unmounted.")
+
+
+@image.command(epilog=examples("stratocache image resolve MMZu9WvwKIro-rtBQfDk4PsKO7_"))
+@click.argument("reference")
+@json_option
+@click.pass_context
+def resolve(context: click.Context, reference: str) -> None:
+    """Show what REFERENCE stands for, and why it is trusted; 5 if it is refused. Fetches nothing."""
+    session = context.ensure_object(Session)
+    operation = session.client.begin("/v1/references", {"reference": reference})
+    found = session.follow(operation, "resolve")["result"]
+    session.show(found, "\n".join(_explanation(reference, found)))
+    if not found["accepted"]:
+        context.exit(5)
+
+
+def _explanation(reference: str, found: "Document") -> Iterator[str]:
+    """Yield lines on what was found, and what speaks against the rest of it."""
+    verdict = "accepted" if found["accepted"] else f"refused [{found['code']}]"
+    yield f"{plain(reference)}: {verdict}: {plain(found['message'])}"
+    entry = found["entry"]
+    if entry is not None:
+        yield f"image: {entry['identifier']}, {format_size(entry['size_bytes'])}"
+        yield f"title: {plain(entry['title'])}"
+        yield f"here: {found['cached'] or 'no'}"
+    for item in found["candidates"]:
+        verdict = "may be used" if item["code"] is None else f"[{item['code']}] {item['message']}"
+        yield f"candidate: {plain(item['endorser'])} of {plain(item['endorsed_at'])}: {plain(verdict)}"
 
 
 def _path(image_id: str) -> str:

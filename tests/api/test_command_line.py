@@ -290,6 +290,22 @@ def test_image_commands(run: Run) -> None:
     error(run("image", "show", IMAGE_ID), 3, "image-unknown")
 
 
+def test_reference_is_explained_before_it_is_fetched(run: Run) -> None:
+    """`image resolve` shows the entry, the others and the reason; what is refused exits 5."""
+    lines = [
+        f"image: {IMAGE_ID}, 4 MiB",
+        "title: a small system",
+        "here: no",
+        "candidate: b@example.org of -: [entry-expired] It has? expired.",
+    ]
+    good, bad = run("image", "resolve", "ref"), run("image", "resolve", "refused")
+
+    assert (good.exit_code, bad.exit_code) == (0, 5)
+    assert good.stdout.splitlines() == ["ref: accepted: Because.", *lines]
+    assert bad.stdout.splitlines() == ["refused: refused [endorser-refused]: Because.", *lines]
+    assert document(run("image", "resolve", "ref", "--json"))["accepted"] is True
+
+
 def test_image_that_is_not_served_cannot_be_mounted(
     api: Api, run: Run, configuration: Configuration, tmp_path: Path
 ) -> None:

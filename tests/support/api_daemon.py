@@ -146,8 +146,25 @@ def _execute(*statements: str) -> Callable[[Database, Operation], dict[str, Any]
     return step
 
 
+def _resolve(db: Database, operation: Operation) -> dict[str, Any]:
+    """Accept every reference but one."""
+    refused = operation.subject == "refused"
+    return {
+        "accepted": not refused,
+        "entry": entry().model_dump(mode="json"),
+        "code": "endorser-refused" if refused else None,
+        "message": "Because.",
+        "candidates": [
+            {"source": "http://127.0.0.1/x", "endorser": "b@example.org", "endorsed_at": None,
+             "code": "entry-expired", "message": "It has\x1b expired."},
+        ],
+        "cached": None,
+    }  # fmt: skip
+
+
 _STEPS: dict[str, Callable[[Database, Operation], dict[str, Any]]] = {
     "fetch": _fetch,
+    "resolve": _resolve,
     "launch": _launch,
     "create-disk": _execute(
         "UPDATE disks SET state = 'available', form = 'raw' WHERE uuid = :subject"
