@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +51,8 @@ Digests = Mapping[str, str]
 
 _PIECE_BYTES = 1024**2
 _CHECKPOINT_BYTES = 64 * 1024**2
+_CHECKPOINT_S = 5.0
+"""What arrived longer ago survives the death of this process, however slow the line is."""
 _RECORD_BYTES_MAX = 64 * 1024
 _CONTAINER_MARGIN_BYTES = 64 * 1024**2
 
@@ -175,6 +178,7 @@ class Uploads:
             os.ftruncate(descriptor, upload.offset_bytes)
             os.ftruncate(descriptor, part.start_bytes)
             position = durable = part.start_bytes
+            saved_s = time.monotonic()
             for data in _pieces(part, body):
                 _judge_size(
                     disk, replace(part, total_bytes=part.total_bytes or position + len(data))
@@ -185,9 +189,10 @@ class Uploads:
                 os.ftruncate(descriptor, position)
                 for hasher in hashers.values():
                     hasher.update(data)
-                if not hashers and position - durable >= _CHECKPOINT_BYTES:
+                late = time.monotonic() - saved_s >= _CHECKPOINT_S
+                if not hashers and (late or position - durable >= _CHECKPOINT_BYTES):
                     upload = _save(directory, descriptor, replace(upload, offset_bytes=position))
-                    durable = position
+                    durable, saved_s = position, time.monotonic()
             _compare(part.part_digests or {}, {n: h.hexdigest() for n, h in hashers.items()})
             total_bytes = position if part.total_bytes is None else part.total_bytes
             upload = replace(upload, offset_bytes=position, total_bytes=total_bytes)

@@ -508,3 +508,37 @@ def test_killed_server_holds_nothing(contents: Contents, configuration: Configur
     _wait_until_free(contents.path(uuid).parent)
 
     assert intents.attach(contents.db, ROOT, uuid, instance="vm1").kind == "attach"
+
+
+def test_upload_outlives_client_and_server(
+    contents: Contents, configuration: Configuration
+) -> None:
+    """kill -9 of the API in the middle of a part leaves what was there before it; HEAD tells a new
+    client of a new server where to go on, and the disk is what was meant."""
+    content = patchwork(16 * MIB)
+    uuid = contents.add(16 * MIB)
+    first = {"Content-Range": f"bytes 0-{6 * MIB - 1}/{16 * MIB}"}
+    with serving(configuration) as process, contents.client() as client:
+        assert client.put(url(uuid), content=content[: 6 * MIB], headers=first).status_code == 200
+        with socket.socket(socket.AF_UNIX) as sender:
+            sender.connect(str(configuration.api_socket))
+            head = (
+                f"PUT {url(uuid)} HTTP/1.1\r\nHost: x\r\nContent-Length: {10 * MIB}\r\n"
+                f"Content-Range: bytes {6 * MIB}-{16 * MIB - 1}/{16 * MIB}\r\n\r\n"
+            )
+            sender.sendall(head.encode() + content[6 * MIB : 9 * MIB])
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            for pid in (process.pid, *map(int, children.split())):
+                os.kill(pid, 9)
+    _wait_until_free(configuration.state_dir / "transfers" / f"upload-{uuid}")
+    with serving(configuration), contents.client() as client:
+        told = client.head(url(uuid) + "/upload")
+        offset = int(told.headers["upload-offset"])
+        rest = client.put(url(uuid), content=content[offset:], headers={
+            "Content-Range": f"bytes {offset}-{16 * MIB - 1}/{16 * MIB}",
+            "Repr-Digest": digest(content)})  # fmt: skip
+
+    assert (told.status_code, told.content) == (200, b"")
+    assert 6 * MIB <= offset <= 9 * MIB
+    assert rest.json()["complete"], rest.text
+    assert contents.read(uuid) == content
