@@ -308,8 +308,14 @@ class Acquisition:
             )
 
     def note_launch(self, reference: str) -> None:
-        """Learn what the first boot of an image reads from now on, and let it read undisturbed."""
-        image = self._find(reference)
+        """Learn what the first boot of an image reads from now on, and let it read undisturbed.
+
+        A launch whose reference is none was refused: it teaches nothing.
+        """
+        try:
+            image = self._find(reference)
+        except StratocacheError:
+            return
         if image is not None:
             self._provisional.note_launch(image)
 

@@ -47,6 +47,30 @@ def test_cached_image_needs_no_catalogue(host: Host) -> None:
     host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
 
 
+@pytest.mark.parametrize("reference", ['Çäk"õ', "nowhere:x", "local:" + IDENTIFIER, "a/../b"])
+def test_reference_that_is_none_fails_its_operation_alone(host: Host, reference: str) -> None:
+    """A launch, a clone and a fetch of what is no reference fail; what looks after all operations
+    goes on, also with those that come together."""
+    host.publish()
+    wrong = [
+        intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(reference, "vm1")),
+        disk_intents.create_disk(host.db, ROOT_CALLER, DiskRequest(reference=reference)),
+        intents.request_fetch(host.db, ROOT_CALLER, reference),
+    ]
+    right = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+
+    async def script(operations: Operations) -> None:
+        assert (await host.end(right)).state == "done"
+        await operations.look()
+        for operation in wrong[1:]:
+            assert (await host.end(operation)).state == "failed"
+
+    host.run(script)
+    error = inventory.operation(host.db, wrong[0].id).error
+    assert error is not None
+    assert inventory.launch(host.db, "vm1").state == "ending"
+
+
 def test_cached_image_is_judged_again(host: Host) -> None:
     """An endorser who is no longer trusted refuses the launch of an image that is cached."""
     host.publish()
