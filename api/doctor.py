@@ -422,6 +422,34 @@ def peers_finding(name: str, configuration: Configuration) -> Finding:
     return Finding(name, Verdict.OK, f"all of {', '.join(settings.hosts) or 'none'}; {served}")
 
 
+def network_finding(name: str, configuration: Configuration) -> Finding:
+    """Judge what serving the network needs."""
+    api = configuration.api
+    if not api.address:
+        return Finding(name, Verdict.OK, "not served")
+    from stratocache.api import web_certificate
+
+    fault = web_certificate.fault(configuration) if api.tls else None
+    if fault is not None:
+        return Finding(name, Verdict.FAIL, fault, "Renew certificate and key, or correct [api].")
+    status = read_status(RunDirectory(configuration.run_dir).supervisor_status)
+    if status is not None:
+        serving = status.children.get("web")
+        if serving is None or not serving.ready:
+            return Finding(
+                name, Verdict.WARN, "the running daemon does not serve the network",
+                f"Restart it if api.address is new; else its log says why port {api.port} "
+                "cannot be used.",
+            )  # fmt: skip
+    if configuration.first_token_file.exists():
+        return Finding(
+            name, Verdict.WARN, "there is no account yet",
+            f"Make one with the token in {configuration.first_token_file}, or, as root, "
+            "`stratocache account create NAME --role admin`.",
+        )  # fmt: skip
+    return Finding(name, Verdict.OK, f"{api.address}, port {api.port}")
+
+
 def _daemon(name: str, configuration: Configuration) -> Finding:
     status = read_status(RunDirectory(configuration.run_dir).supervisor_status)
     if status is None:
@@ -466,5 +494,6 @@ _CHECKS: dict[str, Callable[[str, Configuration], Finding]] = {
     "group": _group,
     "portal": _portal,
     "peers": peers_finding,
+    "network": network_finding,
     "daemon": _daemon,
 }

@@ -20,6 +20,7 @@ from joserfc.errors import JoseError
 
 from stratocache.cache.configuration import OidcSettings
 from stratocache.cache.errors import Unreachable
+from stratocache.fs.accounts import SUPERUSER
 from stratocache.fs.records import ROLES, Caller, Role
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ _PAUSE_S = 10.0
 """Between two questions to an issuer."""
 _TIMEOUT_S = 5.0
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
-_NEVER = ("root",)
-"""Whom no issuer can be: the Unix socket knows them better."""
 
 
 class TokenRefused(Exception):
@@ -81,7 +80,7 @@ class _Issuer:
         if not isinstance(name, str):
             raise TokenRefused(f"it has no {settings.user_claim}")
         name = settings.prefix + name
-        if not _NAME.fullmatch(name) or name in _NEVER:
+        if not _NAME.fullmatch(name) or name == SUPERUSER:
             raise TokenRefused(f"{name[:64]!r} cannot be a user's name here")
         return Caller(name, self._role(claims))
 

@@ -59,6 +59,26 @@ def fingerprint(configuration: Configuration) -> str | None:
     return hashlib.sha256(der).hexdigest()
 
 
+def fault(configuration: Configuration) -> str | None:
+    """Return what is wrong with certificate or key, if that is so; none yet is fine where one will
+    be made."""
+    from stratocache.api.certificates import RENEW_DAYS, remaining_days
+
+    files, api = certificate_files(configuration), configuration.api
+    if api.certificate_file is None and not files.certificate.exists():
+        return None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.certificate, files.key)
+        if api.client_ca_file is not None:
+            ssl.create_default_context(cafile=str(api.client_ca_file))
+        days = remaining_days(files.certificate.read_bytes())
+    except (OSError, ValueError) as error:
+        return f"{files.certificate}, its key or client_ca_file cannot be used ({error})"
+    if days < RENEW_DAYS:
+        return f"{files.certificate} is valid for {max(days, 0):.0f} days"
+    return None
+
+
 def _names(address: str) -> list[str]:
     """Return what this host is called by who connects to it."""
     names = [socket.gethostname(), "localhost", "127.0.0.1", "::1"]

@@ -17,6 +17,8 @@ from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller, Role
 from stratocache.fs.state import Database, now
 
+SUPERUSER = "root"
+"""Whom the Unix socket knows: no account, and no issuer, makes anybody root."""
 _FINGERPRINT = re.compile(r"sha256:([0-9A-Fa-f]{2}:?){32}")
 
 
@@ -129,6 +131,12 @@ def create_account(
     """
     require_administrator(caller)
     subject = wanted.certificate_subject
+    if wanted.name == SUPERUSER:
+        raise InvalidInput(
+            "account-name-reserved",
+            "root is the host's, who needs no account; choose another name.",
+            field="name",
+        )
     if first and wanted.role != "admin":
         raise Refused(
             "first-account-not-admin", "The first account is an administrator's: role admin."

@@ -83,6 +83,7 @@ def test_names_and_certificates_are_of_one_account(root: Requests, world: Strang
     problem(root("POST", "/v1/accounts", same), 409, "certificate-taken")
     problem(root("PATCH", "/v1/accounts/olaf", {"certificate_subject": "O=Ex"[::-1]}), 400,
             "certificate-subject-invalid", "certificate_subject")  # fmt: skip
+    problem(root("POST", "/v1/accounts", {"name": "root"}), 400, "account-name-reserved", "name")
     problem(root("POST", "/v1/accounts", {"name": "no blanks"}), 400, "field-invalid", "name")
     short = {"name": "b", "password": "short"}
     refused = problem(root("POST", "/v1/accounts", short), 400, "field-invalid", "password")

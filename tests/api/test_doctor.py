@@ -52,7 +52,7 @@ def test_every_finding_that_is_not_ok_says_how_to_mend(configuration: Configurat
     assert [item.name for item in findings] == [
         "user", "fuse", "kernel", "tgtd", "qemu-img", "signatures", "state directory",
         "run directory", "reflink", "space", "cache", "clock", "group", "portal", "peers",
-        "daemon",
+        "network", "daemon",
     ]  # fmt: skip
     for item in findings:
         assert item.detail

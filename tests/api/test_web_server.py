@@ -25,6 +25,7 @@ from support.network_client import (
     speak,
 )
 
+from stratocache.api.doctor import Verdict, network_finding
 from stratocache.api.web_certificate import ensure_certificate, fingerprint
 from stratocache.cache.configuration import ApiSettings, Configuration
 from stratocache.fs.login_ration import WRONG_PER_NAME, reserve_attempt
@@ -145,6 +146,25 @@ def test_certificate_of_a_user_is_a_log_in(
     stranger = Authority(authority.folder.parent / "another").issue("Jane Doe")
     with client(web, stranger) as user, pytest.raises(httpx.TransportError):
         user.get("/v1/session")
+
+
+def test_doctor_judges_what_is_served(
+    web: WebProcess, configuration: Configuration, authority: Authority
+) -> None:
+    """What will be made at the first start is fine, no account yet is said, a certificate that ends
+    soon or a wrong key is a fault."""
+    plain = with_network(configuration)
+    assert network_finding("network", configuration).detail == "not served"
+    assert network_finding("network", plain).verdict is Verdict.OK
+    plain.first_token_file.write_text("sct_")
+    assert "no account" in network_finding("network", plain).detail
+    certificate, key = authority.issue("short")
+    other = authority.issue("other")
+    for files, part in (((certificate, key), "valid for 1 days"), ((certificate, other[1]), "key")):
+        changes = {"certificate_file": files[0], "key_file": files[1]}
+        found = network_finding("network", with_network(configuration, **changes))
+        assert found.verdict is Verdict.FAIL
+        assert part in found.detail
 
 
 def test_strangers_get_nothing(web: WebProcess) -> None:
