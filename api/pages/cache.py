@@ -53,23 +53,11 @@ class CachePage:
         )  # fmt: skip
 
     def _rows(self, plan: list[Candidate], going: Collection[str], caller: Caller) -> list[_Row]:
-        """Return the rows of the plan: each bar begins where the one before it ended."""
-        whole_bytes = sum(item.freed_bytes for item in plan if item.order is not None)
-        freed_bytes, rows = 0, []
-        for item in plan:
-            view = HoldingView.of(item, self._pages.service.db, caller)
-            goes_now = item.image.id in going
-            if item.order is None or not whole_bytes:
-                bar = span_bar("stays", 0.0, [])
-            else:
-                start = freed_bytes / whole_bytes
-                kind = "going" if goes_now else "cold"
-                bar = span_bar(
-                    f"turn {item.order}", start, [(item.freed_bytes / whole_bytes, kind)]
-                )
-                freed_bytes += item.freed_bytes
-            rows.append(_Row(view, bar, goes_now))
-        return rows
+        views = [HoldingView.of(item, self._pages.service.db, caller) for item in plan]
+        return [
+            _Row(view, bar, view.image in going)
+            for view, bar in zip(views, plan_bars(plan, going), strict=True)
+        ]
 
 
 def plan_segments(plan: list[Candidate], going: Collection[str], chunk_bytes: int) -> list[Segment]:
@@ -85,3 +73,18 @@ def plan_segments(plan: list[Candidate], going: Collection[str], chunk_bytes: in
         Segment("Boot sets, which go last", boot_bytes, "boots"),
         Segment("Stays: in use, pinned or made here", kept_bytes, "images"),
     ]
+
+
+def plan_bars(plan: list[Candidate], going: Collection[str]) -> list[Markup]:
+    """Return a bar for each image: what its turn frees begins where the turn before it ended."""
+    whole_bytes = sum(item.freed_bytes for item in plan if item.order is not None)
+    freed_bytes, bars = 0, []
+    for item in plan:
+        if item.order is None or not whole_bytes:
+            bars.append(span_bar("stays", 0.0, []))
+            continue
+        kind = "going" if item.image.id in going else "cold"
+        part = (item.freed_bytes / whole_bytes, kind)
+        bars.append(span_bar(f"turn {item.order}", freed_bytes / whole_bytes, [part]))
+        freed_bytes += item.freed_bytes
+    return bars

@@ -8,10 +8,12 @@ from stratocache.api import answers
 from stratocache.api.pages.connection_texts import texts_of
 from stratocache.api.pages.rendering import Pages
 from stratocache.api.pages.timelines import snapshot_timeline
-from stratocache.api.representations import DiskView, OperationView, SnapshotView
+from stratocache.api.representations import DiskView, OperationView, ShareView, SnapshotView
 from stratocache.api.resources.attachments import attachment_views
 from stratocache.api.resources.disks import DISKS, disk_details
-from stratocache.fs import inventory, space_plan
+from stratocache.fs import inventory, shares, space_plan
+from stratocache.fs.pages import Page
+from stratocache.fs.records import SERVABLE
 from stratocache.fs.rights import rights
 
 _PREPARED = ("image", "snapshot", "reference")
@@ -20,6 +22,7 @@ _OPERATIONS = (
     "create-disk", "delete-disk", "snapshot", "rollback", "resize", "hydrate", "save", "import",
 )  # fmt: skip
 _CHOICES_MAX = 100
+_ALL = Page(limit=1000)
 
 
 class DisksPage:
@@ -36,17 +39,17 @@ class DisksPage:
         chosen, after = DISKS.cut(found, part)
         held = inventory.attachments_of(db, chosen)
         views = [DiskView.of(disk, held[disk.uuid]) for disk in chosen]
-        images = inventory.images(db)
+        newest = inventory.images(db, page=Page(_CHOICES_MAX, descending=True))
+        bases = {disk.base_image for disk in chosen if disk.base_image}
+        found_bases = [inventory.find_image(db, base) for base in bases]
         prepared = {name: request.get_param(name) or "" for name in _PREPARED}
         self._pages.show(
             request, response, "disks",
             busy=any(view.state != "available" for view in views),
             disks=views, next=after, order=order,
             filters={name: value or "" for name, value in wanted.items()},
-            titles={image.id: image.entry.title or "" for image in images},
-            images=[image for image in images if image.state in ("verified", "provisional")][
-                :_CHOICES_MAX
-            ],
+            titles={image.id: image.entry.title or "" for image in found_bases if image},
+            images=[image for image in newest if image.state in SERVABLE],
             opened=any(prepared.values()), **prepared,
         )  # fmt: skip
 
@@ -78,5 +81,6 @@ class DiskPage:
             operations=[OperationView.of(item) for item in under_way],
             image_title=(image.entry.title or "") if image else "",
             taken_bytes=space_plan.taken_bytes(service.configuration, disk),
+            shares=[ShareView.of(share) for share in shares.share_page(db, caller, uuid, _ALL)],
             timeline=snapshot_timeline(snapshots, disk.created_at, datetime.now(UTC)),
         )  # fmt: skip

@@ -23,13 +23,26 @@
   const sourceOf = (file) =>
     `${file.name}-${file.size}-${file.lastModified}`.replace(/[^A-Za-z0-9._-]/g, "_").slice(-128);
 
+  // Which file this browser was sending to this disk; without storage an upload begins anew.
+  const remembered = (source) => {
+    try {
+      if (source === undefined) return localStorage.getItem(address);
+      if (source === null) localStorage.removeItem(address);
+      else localStorage.setItem(address, source);
+    } catch {
+      // not allowed
+    }
+    return null;
+  };
+
   async function offsetOf(file) {
+    if (remembered() !== sourceOf(file)) return 0;
     try {
       const { document: known } = await ask("GET", `${address}/upload`);
       const same = known.source === sourceOf(file) && known.total_bytes === file.size;
       return same && !known.complete ? known.offset_bytes : 0;
     } catch {
-      return 0; // nothing was uploaded before
+      return 0; // it was given up meanwhile
     }
   }
 
@@ -55,6 +68,7 @@
   async function send(file, signal) {
     const type = await formatOf(file);
     let offset = await offsetOf(file);
+    remembered(sourceOf(file));
     bar.max = file.size || 1;
     while (offset < file.size) {
       bar.value = offset;
@@ -62,6 +76,7 @@
       offset = await sendPart(file, offset, type, signal);
     }
     bar.value = file.size;
+    remembered(null);
   }
 
   form.addEventListener("submit", async (event) => {

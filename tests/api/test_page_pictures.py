@@ -8,12 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
+from support.api_daemon import entry
 
 from stratocache.api.pages import formats
+from stratocache.api.pages.cache import plan_bars, plan_segments
 from stratocache.api.pages.pictures import Segment, map_strip, sparkline, stacked_bar
 from stratocache.api.pages.timelines import lineage_tree, snapshot_timeline
 from stratocache.api.representations import LineageDisk, LineageSnapshot, SnapshotView
 from stratocache.api.sizes import parse_size
+from stratocache.cache.footprint import Footprint
+from stratocache.fs.keep_plan import Candidate
+from stratocache.fs.records import Image, ImageId
+from stratocache.fs.space_plan import ImageHolding
 
 NOW = datetime(2026, 11, 22, 8, tzinfo=UTC)
 SIZES = st.integers(min_value=0, max_value=2**50)
@@ -118,6 +124,31 @@ def test_lineage_has_a_line_for_each_and_hides_nothing_hostile() -> None:
     assert len(_shapes(picture, "a")) == 3
     assert len(_shapes(picture, "path")) == 3
     assert "<b>" not in picture
+
+
+def test_plan_of_eviction_is_a_stair() -> None:
+    """Each image that may go begins where the one before it ended; what stays has no step."""
+    plan = [_candidate("a" * 27, 1, 30, boot=10), _candidate("b" * 27, 2, 80),
+            _candidate("c" * 27, None, 0)]  # fmt: skip
+    bars = [_shapes(bar, "rect")[1:] for bar in plan_bars(plan, {"a" * 27})]
+    segments = plan_segments(plan, {"a" * 27}, 500)
+
+    assert [[(shape["x"], shape["width"]) for shape in bar] for bar in bars] == [
+        [("0.000%", "20.000%")], [("20.000%", "80.000%")], [],
+    ]  # fmt: skip
+    assert ["going" in bar[0]["class"] for bar in bars[:2]] == [True, False]
+    assert [segment.size_bytes for segment in segments] == [20, 80, 10, 390]
+
+
+def _candidate(name: str, order: int | None, freed_bytes: int, boot: int = 0) -> Candidate:
+    image = Image(
+        number=1, id=ImageId(name), state="verified", size_bytes=1, sha256=None, entry=entry(name),
+        pinned=False, created_at=NOW.isoformat(), verified_at=None, last_used_at=None,
+    )  # fmt: skip
+    footprint = Footprint(freed_bytes, freed_bytes, freed_bytes)
+    return Candidate(
+        ImageHolding(image, (), ()), None if order else "pinned", footprint, order, boot
+    )
 
 
 def _snapshot(number: int, age_s: int) -> SnapshotView:

@@ -182,6 +182,22 @@ def test_secret_is_shown_to_who_attached(
     assert "Its CHAP secret is shown to who attached it" in _words(public)
 
 
+def test_shares_are_shown_to_whom_they_concern(api: Api, root: Requests, world: World) -> None:
+    """The owner of a disk sees all whom it is shared with, each of these what they may do."""
+    page = _page(root, f"/disks/{world.disk}")
+    assert len(page.xpath("//button[contains(@data-path, '/shares/')]")) == 2
+
+    jane = log_in(stranger(api), "jane")
+    own = html.document_fromstring(jane("GET", f"/disks/{world.disk}", headers=HTML).text)
+    assert own.xpath("//button[contains(@data-path, '/shares/')]/@data-path") == [
+        f"/v1/disks/{world.disk}/shares/jane"
+    ]
+    assert own.xpath("//form[contains(@data-path, '/shares/')]") == []
+    assert own.xpath("//select[@name='access']/option/@value") == ["ro"]
+    assert own.xpath("//form[@data-upload]") == []
+    assert own.xpath("//form[contains(@data-path, '/snapshots')]") == []
+
+
 def test_lists_of_pages_have_parts(api: Api, root: Requests) -> None:
     """A long list is a hundred a page, newest first, with a link to the next."""
     for number in range(105):

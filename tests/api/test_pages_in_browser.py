@@ -1,11 +1,14 @@
 """The web pages in a real browser: readable by everybody, everywhere, with and without a script."""
 
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from support.api_daemon import IMAGE_ID, Api, standing_in
 from support.browser import WIDTHS, Tab, chromium, tab
+from support.contents import MIB, Contents
 from support.network_client import PASSWORD, add_account
 from support.page_world import FETCHING_IMAGE, ROOT, World, furnish, page_server
 
@@ -183,11 +186,41 @@ def test_what_changes_is_exchanged(api: Api, browser: Browser, address: str, wor
         api.db.connection.execute(
             "UPDATE snapshots SET tag = 'renamed' WHERE disk_uuid = ?", (world.disk,)
         )
-        expect(page.locator("#snapshots th[scope=row]").first).to_contain_text(
-            "renamed", timeout=60_000
-        )
+        expect(page.locator("#snapshots th[scope=row]").first).to_contain_text("renamed")
         assert page.locator("[name=instance]").input_value() == "half typed"
         expect(page.locator("[name=instance]")).to_be_focused()
+
+
+def test_upload_goes_on_where_it_was_cut(
+    api: Api, browser: Browser, address: str, tmp_path: Path
+) -> None:
+    """A file is uploaded in parts; one that is cut is sent again, and the disk has the whole."""
+    contents = Contents(api.configuration, api)
+    uuid = contents.add(16 * MIB, b"old" * MIB)
+    file = tmp_path / "upload.img"
+    file.write_bytes(random.Random(7).randbytes(12 * MIB))
+    cut: list[str] = []
+
+    def cut_once(route: Route) -> None:
+        part = route.request.headers.get("content-range", "")
+        if part.startswith(f"bytes {8 * MIB}-") and not cut:
+            cut.append(part)
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    with tab(browser, address) as opened:
+        opened.open(f"/disks/{uuid}")
+        page = opened.page
+        page.route("**/content", cut_once)
+        page.locator("#upload [name=file]").set_input_files(file)
+        page.get_by_role("button", name="Upload").click()
+        expect(page.locator("#status")).to_contain_text("Uploading: 66 %")
+        expect(page.locator("#status")).to_contain_text("it is the disk's content now")
+        assert [fault for fault in opened.faults if "CONNECTION_RESET" not in fault] == []
+        opened.faults.clear()
+    assert len(cut) == 1
+    assert contents.read(uuid) == file.read_bytes().ljust(16 * MIB, b"\0")
 
 
 def test_password_is_all_that_a_stranger_needs(api: Api, opened_login: Tab) -> None:

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Response, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Page,
+    Response,
+    expect,
+    sync_playwright,
+)
 
 CHROMIUM = "/usr/bin/chromium"
 WIDTHS = (360, 1600)
 TIMEOUT_MS = 60_000
+expect.set_options(timeout=TIMEOUT_MS)
 _HEIGHT = 900
 _GRAVE = ("serious", "critical")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

@@ -4,6 +4,7 @@ The server is for whoever wants to look without a daemon: `python -m support.pag
 the pages as root sees them.
 """
 
+import hashlib
 import json
 import socketserver
 import sys
@@ -19,9 +20,11 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from stratocache.api.application import create_app
-from stratocache.cache import bootset
+from stratocache.cache import bootset, seals
+from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration, IscsiSettings
-from stratocache.fs import intents, snapshot_intents
+from stratocache.cache.manifest import Manifest
+from stratocache.fs import intents, shares, snapshot_intents
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database, record_event
 from support.api_daemon import IMAGE_ID, caller_socket, entry, insert_disk, insert_image, perform
@@ -31,8 +34,8 @@ USER = Caller("nobody", "user")
 HOSTILE = "<script>alert('x')</script>\"' onload=alert(1) & {{ 7*7 }}"
 """What people may write, and no browser may run."""
 OTHER_IMAGE = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
+COLD_IMAGE = "BBBBBBBBBBBBBBBBBBBBBBBBBBB"
 FETCHING_IMAGE = "AAAAAAAAAAAAAAAAAAAAAAAAAAA"
-SECRET_PLACE = "chap-text-"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def furnish(db: Database, state_dir: Path) -> World:
     db.connection.execute(
         "UPDATE attachments SET problem = 'tgtd does not answer.' WHERE instance = 'vm-2'"
     )
+    shares.share(db, ROOT, disk, "jane", "read")
+    shares.share(db, ROOT, disk, "joe", "write")
     _spread_times(db)
     operations = _operations(db)
     record_event(db.connection, "image.verified", IMAGE_ID, HOSTILE)
@@ -92,6 +97,9 @@ def _images(db: Database, state_dir: Path) -> None:
     insert_image(db, title="Debian 12 for batch work")
     insert_image(db, OTHER_IMAGE, HOSTILE)
     insert_image(db, FETCHING_IMAGE, "A large image that is on its way here")
+    insert_image(db, COLD_IMAGE, "An image that nobody has used for long")
+    for number, image_id in enumerate((OTHER_IMAGE, COLD_IMAGE)):
+        _write_manifest(state_dir, image_id, 8 * number)
     db.connection.execute(
         "UPDATE images SET state = 'provisional', verified_at = NULL, size_bytes = ? WHERE id = ?",
         (4 * 1024**3, FETCHING_IMAGE),
@@ -114,6 +122,15 @@ def _images(db: Database, state_dir: Path) -> None:
         db.connection.execute("INSERT INTO tallies VALUES (?, '', ?)", (name, value))
     size_bytes = entry().size_bytes
     bootset.write(state_dir / "bootsets" / IMAGE_ID, bootset.encode([0, 1, 5], size_bytes))
+
+
+def _write_manifest(state_dir: Path, image_id: str, first: int) -> None:
+    """Let an image have chunks, which are nowhere, from a number on; half of them are another's."""
+    (state_dir / "manifests").mkdir(exist_ok=True)
+    size_bytes = entry().size_bytes
+    numbers = range(first // 2, first // 2 + size_bytes // CHUNK_BYTES)
+    digests = b"".join(hashlib.sha256(str(number).encode()).digest() for number in numbers)
+    seals.write_manifest(state_dir, image_id, Manifest(size_bytes, digests))
 
 
 def _spread_times(db: Database) -> None:
