@@ -101,7 +101,7 @@ def _padded(text: str) -> bytes:
 def _is_plain(value: object) -> bool:
     """Tell whether SQLite takes a value."""
     if isinstance(value, str):
-        return value.isprintable()
+        return not any("\ud800" <= letter <= "\udfff" for letter in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) <= _NUMBER_MAX

@@ -91,6 +91,16 @@ def test_pages_stay_whole_when_items_go(api: Api, root: Requests) -> None:
     assert set(whole) == set(disks)
 
 
+def test_pages_pass_any_text(api: Api, root: Requests) -> None:
+    """Texts that people write, with joiners, blanks and quotes in them, end pages as others do."""
+    tags = ["👨\u200d👩\u200d👧", "\u00a0", "'\"", "é", "\u202etag", "%_"]
+    for tag in tags:
+        insert_disk(api.db, tag=tag)
+
+    found = [item["tag"] for item in walk(root, "disks", sort="-tag")]
+    assert found == sorted(tags, reverse=True)
+
+
 FILTERED: list[tuple[str, dict[str, str], int]] = [
     ("disks", {"tag": "bb"}, 2),
     ("disks", {"tag": "bb", "state": "creating"}, 0),
@@ -138,6 +148,7 @@ BAD_PAGES = [
     ({"after": "WyJ0YWciLHt9LDFd"}, "after"),
     ({"after": "x" * 5000}, "after"),
     ({"after": "é"}, "after"),
+    ({"after": "WyItdGFnIiwiXHVkODAwIiwxXQ"}, "after"),  # half of a character
 ]
 
 
