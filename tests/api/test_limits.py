@@ -20,6 +20,8 @@ from stratocache.cache.configuration import ApiSettings, Configuration
 
 pytestmark = pytest.mark.root
 
+SLOW = ApiSettings(requests_per_s=0.001)
+"""One request, and another a good while later: a slow machine changes nothing."""
 HURRY = "import stratocache.api.connection_worker as w; w._HEAD_S = 1.0; w._BODY_GRACE_S = 1.0"
 """Less patience than a user would want, so that tests need not wait for it."""
 
@@ -113,6 +115,7 @@ def test_bodies_earn_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who keeps sending may send for long, who sends less than the rate may not, and the time that
     we do not wait for the client is not the client's."""
     monkeypatch.setattr(connection_worker, "_BODY_GRACE_S", 0.2)
+    monkeypatch.setattr(connection_worker, "_BODY_BYTES_PER_S", 4096)
     ours, theirs = socket.socketpair()
     with PatientSocket(fileno=ours.detach()) as patient, theirs:
         patient.expect_body()
@@ -122,7 +125,7 @@ def test_bodies_earn_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
         began_s = time.monotonic()
         with pytest.raises(ConnectionResetError):
             patient.recv(1)
-        assert 3 < time.monotonic() - began_s < 30  # four seconds were earned
+        assert 0.9 < time.monotonic() - began_s < 30  # a second was earned
 
 
 def test_answers_must_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,21 +180,18 @@ def test_buckets_refill(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_caller_who_asks_too_often_is_sent_away(configuration: Configuration) -> None:
     """Beyond its rate a caller gets 429 with the time to wait; others are served, and so are
     administrators of this host."""
-    slow = configuration.model_copy(update={"api": ApiSettings(requests_per_s=2)})
+    slow = configuration.model_copy(update={"api": SLOW})
     with Api(slow).caller(65534) as user:
-        answers = [user("GET", "/v1") for _ in range(6)]
-        codes = [answer.status_code for answer in answers]
-        assert codes[:4] == [200] * 4
-        assert 429 in codes
-        last = answers[codes.index(429)]
-        assert last.json["code"] == "rate-limited"
-        assert int(last.headers["Retry-After"]) >= 1
+        first, second = user("GET", "/v1"), user("GET", "/v1")
+        assert (first.status_code, second.status_code) == (200, 429)
+        assert second.json["code"] == "rate-limited"
+        assert 900 < int(second.headers["Retry-After"]) <= 1000
         assert user("GET", "/healthz").status_code == 200
 
 
 def test_administrators_of_this_host_are_not_limited(configuration: Configuration) -> None:
     """Root on the Unix socket may ask as often as it likes."""
-    slow = configuration.model_copy(update={"api": ApiSettings(requests_per_s=1)})
+    slow = configuration.model_copy(update={"api": SLOW})
     with Api(slow).caller() as root:
         assert {root("GET", "/v1").status_code for _ in range(20)} == {200}
 
@@ -199,15 +199,12 @@ def test_administrators_of_this_host_are_not_limited(configuration: Configuratio
 def test_strangers_who_ask_too_often_are_sent_away(configuration: Configuration) -> None:
     """An address without credentials is soon told to wait, before anything else; other addresses,
     and callers that we know, are not kept out by it."""
-    slow = configuration.model_copy(update={"api": ApiSettings(requests_per_s=20)})
-    api = Api(slow)
+    api = Api(configuration.model_copy(update={"api": SLOW}))
     one, other = Stranger(api.client), Stranger(api.client, address="192.0.2.8")
-    answers = [one("GET", "/v1/disks") for _ in range(8)]
+    first, second = one("GET", "/v1/disks"), one("GET", "/healthz")
 
-    codes = [answer.status_code for answer in answers]
-    assert codes[:4] == [401] * 4
-    assert codes[-1] == 429
-    assert int(answers[-1].headers["Retry-After"]) >= 1
+    assert (first.status_code, second.status_code) == (401, 429)
+    assert int(second.headers["Retry-After"]) > 900
     assert other("GET", "/v1/disks").status_code == 401
     with api.caller() as root:
         assert root("GET", "/v1/disks").status_code == 200

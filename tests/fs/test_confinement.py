@@ -90,11 +90,29 @@ def _field(pid: int, name: str) -> str:
     return next(line.split()[1] for line in status.splitlines() if line.startswith(name + ":"))
 
 
+UNIT = Path(__file__).parents[2] / "packaging/systemd/stratocache.service"
+
+
+class Limited(Appliance):
+    """An appliance that gets the capabilities which our unit of systemd gives it."""
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return a command line under setpriv(1)."""
+        words = " ".join(
+            line.partition("=")[2]
+            for line in UNIT.read_text().splitlines()
+            if line.startswith("CapabilityBoundingSet=")
+        )
+        kept = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in words.split())
+        limits = ["setpriv", "--no-new-privs", "--bounding-set", f"-all,{kept}"]
+        return [*limits, *super().command(*arguments)]
+
+
 def test_each_process_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
-    """Of a running appliance every process but the supervisor has the capabilities of its kind, can
-    get no others, and is filtered; the supervisor's restarts of them are no exception."""
+    """An appliance runs with what the unit of systemd gives it. Every process but the supervisor has
+    the capabilities of its kind, can get no others, and is filtered, after a restart too."""
     published = publish_image(tmp_path / "published", 1024**2)
-    with Appliance(
+    with Limited(
         tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint,
         extra=f'api.address = "127.0.0.1"\napi.port = {free_port()}\napi.workers = 1',
     ) as appliance:  # fmt: skip
@@ -102,12 +120,14 @@ def test_each_process_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
         for pid in appliance.pids("stratocache.api.server"):
             os.kill(pid, signal.SIGKILL)
         assert appliance.json("image", "fetch", published.identifier)["state"] == "verified"
-        assert appliance.json("disk", "create", "--size", "1M")["state"] == "available"
+        disk = appliance.json("disk", "create", "--reference", published.identifier)
+        assert appliance.json("disk", "attach", disk["uuid"], "--instance", "vm1")["target_iqn"]
         seen = set()
         for pid in appliance.pids():
             line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             name = line[0].decode() if line[1] == b"-f" else line[2].decode()
             if name == "stratocache.fs.supervisor":
+                assert len(_capabilities(pid, "CapEff")) < 12
                 continue
             seen.add(name)
             expected = CAPABILITIES[name] & ours
@@ -173,42 +193,6 @@ def test_blockd_reads_files_that_catalogues_name(tmp_path: Path) -> None:
     assert {answers[name] for name in ("write elsewhere", "raw disk", "write the system")} == {
         "EACCES"
     }
-
-
-UNIT = Path(__file__).parents[2] / "packaging/systemd/stratocache.service"
-
-
-class Limited(Appliance):
-    """An appliance that gets the capabilities which our unit of systemd gives it."""
-
-    def command(self, *arguments: str) -> list[str]:
-        """Return a command line under setpriv(1)."""
-        words = " ".join(
-            line.partition("=")[2]
-            for line in UNIT.read_text().splitlines()
-            if line.startswith("CapabilityBoundingSet=")
-        )
-        kept = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in words.split())
-        limits = ["setpriv", "--no-new-privs", "--bounding-set", f"-all,{kept}"]
-        return [*limits, *super().command(*arguments)]
-
-
-def test_the_unit_gives_the_supervisor_enough(tmp_path: Path) -> None:
-    """With the capabilities of the unit, and no new privileges, an appliance serves, and its children
-    have theirs."""
-    published = publish_image(tmp_path / "published", 1024**2)
-    with Limited(
-        tmp_path / "appliance", endpoint=published.endpoint, fingerprint=published.fingerprint
-    ) as appliance:
-        disk = appliance.json("disk", "create", "--reference", published.identifier)
-        attached = appliance.json("disk", "attach", disk["uuid"], "--instance", "vm1")
-        (blockd, *_) = appliance.pids("stratocache.fs.blockd")
-        supervisor = appliance.process
-        assert supervisor is not None
-        assert len(_capabilities(supervisor.pid, "CapEff")) < 12
-        assert _capabilities(blockd, "CapEff") == {CAP_IPC_LOCK}
-
-    assert attached["target_iqn"]
 
 
 def test_what_is_configured_can_be_read(tmp_path: Path) -> None:
