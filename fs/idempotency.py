@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from stratocache.cache.errors import Conflict, NotVerified
 from stratocache.fs.state import Database, now, timestamp
@@ -162,5 +161,5 @@ def _name_of(pid: int) -> str | None:
 
 
 @cache
-def _boot() -> Literal[""] | str:
+def _boot() -> str:
     return _BOOT_ID.read_text().strip()
