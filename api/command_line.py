@@ -30,6 +30,8 @@ _COMMANDS = {
     "launch": ("stratocache.api.launch_commands", "Prepare a reference's disks for a VM."),
     "halt": ("stratocache.api.launch_commands", "End a launch: detach everything."),
     "lease": ("stratocache.api.launch_commands", "Let an instance have its disks for longer."),
+    "instance": ("stratocache.api.instance_commands", "What was launched."),
+    "attachment": ("stratocache.api.instance_commands", "Who uses which disk."),
     "image": ("stratocache.api.image_commands", "Cached images."),
     "disk": ("stratocache.api.disk_commands", "Persistent disks."),
     "cache": ("stratocache.api.cache_commands", "Space, and what holds it."),

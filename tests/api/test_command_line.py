@@ -335,6 +335,14 @@ def test_launch_and_halt_commands(api: Api, run: Run) -> None:
     assert run(*command, "--print", "qemu").stdout.split() == shown["qemu_args"]
     table = run(*command).stdout
     assert shown["boot"]["iscsi_url"] in table
+    assert run("instance", "ls").stdout.splitlines()[1].split("\t")[:4] == [
+        "vm-1", "active", IMAGE_ID, "3",
+    ]  # fmt: skip
+    assert document(run("instance", "show", "vm-1", "--json"))["epoch"] == shown["epoch"]
+    assert "qemu_args" not in run("instance", "show", "vm-1").stdout
+    held = document(run("attachment", "ls", "--instance", "vm-1", "--json"))["attachments"]
+    assert [item["role"] for item in held] == ["boot", "disk", "readonly"]
+    assert run("attachment", "ls", "--disk", uuid).stdout.count("\n") == 2
     assert run("halt", "vm-1").exit_code == 0
     error(run("halt", "vm-1"), 3, "instance-unknown")
 

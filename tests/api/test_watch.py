@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,40 @@ import pytest
 from support.api_daemon import ROOT, Api, end_badly, insert_disk, serving
 from support.terminal import Terminal, on_terminal
 
-from stratocache.cache.configuration import Configuration
+from stratocache.cache.configuration import ApiSettings, Configuration, IscsiSettings
 from stratocache.fs import intents
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Configuration]:
+    """The directories of a daemon for all tests here."""
+    with tempfile.TemporaryDirectory(prefix="sc-") as run_dir:
+        yield Configuration(
+            state_dir=tmp_path_factory.mktemp("state"),
+            run_dir=Path(run_dir),
+            iscsi=IscsiSettings(port=1),
+            api=ApiSettings(workers=1, threads=6, group="no-such-group"),
+        )
+
+
+@pytest.fixture(scope="module")
+def daemon(configuration: Configuration) -> Iterator[Api]:
+    """Its process and its database."""
+    made = Api(configuration)
+    with serving(configuration):
+        yield made
+    made.db.close()
+
+
+@pytest.fixture
+def api(daemon: Api) -> Iterator[Api]:
+    """The daemon without any disk or operation."""
+    yield daemon
+    for table in ("disks", "operations"):
+        daemon.db.connection.execute(f"DELETE FROM {table}")
+
 
 ENTERED, LEFT = b"\x1b[?1049h", b"\x1b[?1049l"
 
@@ -56,7 +87,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def test_screen_is_drawn_anew(configuration: Configuration, api: Api) -> None:
     """What changes is seen in its place; nothing of what was there before stays."""
     uuid = insert_disk(api.db, tag="a tag that is long")
-    with serving(configuration), watching(configuration, "disk", "ls") as terminal:
+    with watching(configuration, "disk", "ls") as terminal:
         terminal.wait_for_text("a tag that is long")
         assert terminal.lines[0].startswith("stratocache disk ls: ")
         assert "every 0.1 s" in terminal.lines[0]
@@ -71,7 +102,7 @@ def test_screen_is_drawn_anew(configuration: Configuration, api: Api) -> None:
 def test_ctrl_c_gives_the_terminal_back(configuration: Configuration, api: Api) -> None:
     """Ctrl-C ends it at once with status 0: the cursor is there, and what was seen last."""
     uuid = insert_disk(api.db)
-    with serving(configuration), watching(configuration, "disk", "ls") as terminal:
+    with watching(configuration, "disk", "ls") as terminal:
         terminal.wait_for_text(uuid)
         assert ENTERED in terminal.raw
         assert LEFT not in terminal.raw
@@ -88,7 +119,7 @@ def test_ctrl_c_gives_the_terminal_back(configuration: Configuration, api: Api) 
 def test_sigterm_gives_the_terminal_back(configuration: Configuration, api: Api) -> None:
     """A watch that is ended from elsewhere leaves the terminal as it was."""
     insert_disk(api.db)
-    with serving(configuration), watching(configuration, "disk", "ls") as terminal:
+    with watching(configuration, "disk", "ls") as terminal:
         terminal.wait_for_text("UUID")
         terminal.process.send_signal(signal.SIGTERM)
         assert terminal.wait_for_end() == 128 + signal.SIGTERM
@@ -102,7 +133,7 @@ def test_new_size_is_drawn_at_once(configuration: Configuration, api: Api) -> No
         insert_disk(api.db, tag="xyz")
     arguments = command(configuration, "disk", "ls")
     arguments[-1] = "3600"
-    with serving(configuration), on_terminal(arguments, os.environ) as terminal:
+    with on_terminal(arguments, os.environ) as terminal:
         terminal.wait_for(lambda: terminal.text.count("xyz") == 8)
         assert "more lines" not in terminal.text
         terminal.resize(8, 90)
@@ -114,10 +145,10 @@ def test_new_size_is_drawn_at_once(configuration: Configuration, api: Api) -> No
 def test_table_without_colours(configuration: Configuration, api: Api) -> None:
     """NO_COLOR and a dumb terminal get a table without a single attribute."""
     insert_disk(api.db)
-    with serving(configuration), watching(configuration, "disk", "ls", NO_COLOR="1") as terminal:
+    with watching(configuration, "disk", "ls", NO_COLOR="1") as terminal:
         terminal.wait_for_text("UUID")
         plain = terminal.raw
-    with serving(configuration), watching(configuration, "disk", "ls") as terminal:
+    with watching(configuration, "disk", "ls") as terminal:
         terminal.wait_for_text("UUID")
         coloured = terminal.raw
 
@@ -129,7 +160,7 @@ def test_table_without_colours(configuration: Configuration, api: Api) -> None:
 def test_pipe_gets_changes_as_lines(configuration: Configuration, api: Api) -> None:
     """Without a terminal: everything once, then the rows that are new, changed and gone."""
     uuid = insert_disk(api.db, tag="a")
-    with serving(configuration), piping(configuration, "disk", "ls") as process:
+    with piping(configuration, "disk", "ls") as process:
         assert line_of(process).startswith("UUID\t")
         assert line_of(process).split("\t")[0] == uuid
         api.db.connection.execute("UPDATE disks SET tag = 'b'")
@@ -150,7 +181,7 @@ def test_pipe_gets_changes_as_lines(configuration: Configuration, api: Api) -> N
 def test_json_is_a_document_a_change(configuration: Configuration, api: Api) -> None:
     """With --json each change is one whole document on one line."""
     uuid = insert_disk(api.db, tag="a")
-    with serving(configuration), piping(configuration, "disk", "show", uuid, "--json") as process:
+    with piping(configuration, "disk", "show", uuid, "--json") as process:
         assert json.loads(line_of(process))["tag"] == "a"
         api.db.connection.execute("UPDATE disks SET tag = 'b', generation = generation + 1")
         assert json.loads(line_of(process))["tag"] == "b"
@@ -161,7 +192,7 @@ def test_json_is_a_document_a_change(configuration: Configuration, api: Api) -> 
 def test_end_of_what_is_watched_is_an_error(configuration: Configuration, api: Api) -> None:
     """When the disk is gone the watch ends with the error that says so."""
     uuid = insert_disk(api.db, tag="a")
-    with serving(configuration), watching(configuration, "disk", "show", uuid) as terminal:
+    with watching(configuration, "disk", "show", uuid) as terminal:
         terminal.wait_for_text(f"uuid: {uuid}")
         api.db.connection.execute("DELETE FROM disks")
         assert terminal.wait_for_end() == 3
@@ -169,35 +200,32 @@ def test_end_of_what_is_watched_is_an_error(configuration: Configuration, api: A
     assert b"[disk-unknown]" in terminal.raw.rpartition(LEFT)[2]
 
 
-def test_daemon_is_waited_for(configuration: Configuration, api: Api) -> None:
-    """A daemon that goes away is said to be away, with what was seen last, and is waited for."""
+def test_daemon_is_waited_for(configuration: Configuration, api: Api, tmp_path: Path) -> None:
+    """A daemon that goes away is said to be away, with what was seen last, and is waited for; one
+    that was never there is an error."""
     uuid = insert_disk(api.db, tag="before")
-    with serving(configuration), watching(configuration, "disk", "ls") as terminal:
-        terminal.wait_for_text("before")
-    api.db.connection.execute("UPDATE disks SET tag = 'after'")
-    with piping(configuration, "disk", "ls") as process:
-        assert process.wait(60) == 10  # one that was never there
+    away = configuration.run_dir / "away.sock"
     with watching(configuration, "disk", "ls") as terminal:
-        assert terminal.wait_for_end() == 10
-        assert ENTERED not in terminal.raw
-    with serving(configuration) as daemon, watching(configuration, "disk", "ls") as terminal:
-        terminal.wait_for_text("after")
-        daemon.terminate()
-        daemon.wait()
-        configuration.api_socket.unlink(missing_ok=True)
-        terminal.wait_for_text("[daemon-unreachable]")
-        assert uuid in terminal.text
-        api.db.connection.execute("UPDATE disks SET tag = 'back'")
-        with serving(configuration):
-            terminal.wait_for_text("back")
-            assert "[daemon-unreachable]" not in terminal.text
+        terminal.wait_for_text("before")
+        configuration.api_socket.rename(away)
+        try:
+            terminal.wait_for_text("[daemon-unreachable]")
+            assert uuid in terminal.text
+            with watching(configuration, "disk", "ls") as another:
+                assert another.wait_for_end() == 10
+                assert ENTERED not in another.raw
+            api.db.connection.execute("UPDATE disks SET tag = 'back'")
+        finally:
+            away.rename(configuration.api_socket)
+        terminal.wait_for_text("back")
+        assert "[daemon-unreachable]" not in terminal.text
 
 
 def test_operations_are_watched_to_their_end(configuration: Configuration, api: Api) -> None:
     """`operation ls --watch` shows how far work is."""
     operation = intents.request_fetch(api.db, ROOT, "held")
     progress = "UPDATE operations SET state = 'running', progress_bytes = ?, total_bytes = 2097152"
-    with serving(configuration), piping(configuration, "operation", "ls") as process:
+    with piping(configuration, "operation", "ls") as process:
         assert line_of(process).startswith("ID\t")
         assert line_of(process).split("\t")[2] == "pending"
         api.db.connection.execute(progress, (1048576,))
