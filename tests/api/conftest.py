@@ -1,13 +1,12 @@
 """Fixtures of the API's tests."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.api_daemon import Api, Requests
+from support.api_daemon import Api, Requests, configured
 
-from stratocache.cache.configuration import ApiSettings, Configuration, IscsiSettings
+from stratocache.cache.configuration import Configuration
 
 
 @pytest.fixture
@@ -15,13 +14,8 @@ def configuration(tmp_path: Path) -> Iterator[Configuration]:
     """A configuration with directories of its own; the run directory's path is short."""
     state_dir = tmp_path / "state"
     state_dir.mkdir(mode=0o700)
-    with tempfile.TemporaryDirectory(prefix="sc-") as run_dir:
-        yield Configuration(
-            state_dir=state_dir,
-            run_dir=Path(run_dir),
-            iscsi=IscsiSettings(port=1),
-            api=ApiSettings(workers=1, threads=6, group="no-such-group"),
-        )
+    with configured(state_dir) as made:
+        yield made
 
 
 @pytest.fixture

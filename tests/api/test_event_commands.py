@@ -4,11 +4,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from support.api_daemon import Api, serving
+from support.command_line import line_of, piping
 
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.state import now
@@ -37,25 +36,6 @@ def shown(configuration: Configuration, *arguments: str) -> str:
     ).stdout
 
 
-@contextmanager
-def following(configuration: Configuration, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a command that goes on."""
-    with subprocess.Popen(
-        command(configuration, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    """Return the next line that is written."""
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
 def test_events_are_listed(configuration: Configuration, api: Api) -> None:
     """The last ones, or all, or those of a kind or a subject, oldest first."""
     for number in range(25):
@@ -79,7 +59,7 @@ def test_events_are_followed_over_restarts(configuration: Configuration, api: Ap
     happen(api, "disk.made", "before")
     with (
         serving(configuration) as daemon,
-        following(configuration, "ls", "--follow", "--json", "--kind", "disk.") as process,
+        piping(command(configuration, "ls", "--follow", "--json", "--kind", "disk.")) as process,
     ):
         assert json.loads(line_of(process))["subject"] == "before"
         happen(api, "disk.made", "first")
@@ -103,13 +83,16 @@ def test_following_begins_where_it_is_told_to(configuration: Configuration, api:
     for name in ("one", "two"):
         happen(api, "disk.made", name, f"Disk {name} is made.\n")
     first = api.db.rows("SELECT min(number) FROM events")[0][0]
-    with serving(configuration), following(configuration, "follow", "--after", str(first)) as some:
-        assert line_of(some).endswith("  disk.made  two  Disk two is made.?\n")
+    with (
+        serving(configuration),
+        piping(command(configuration, "follow", "--after", str(first))) as some,
+    ):
+        assert line_of(some).endswith("  disk.made  two  Disk two is made.?")
 
 
 def test_following_needs_a_daemon(configuration: Configuration) -> None:
     """Without a daemon there is an error, not a wait."""
-    with following(configuration, "follow") as process:
+    with piping(command(configuration, "follow")) as process:
         errors = process.communicate(timeout=60)[1]
 
     assert process.returncode == 10

@@ -8,29 +8,25 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.api_daemon import ROOT, Api, insert_disk, standing_in
+from support.api_daemon import ROOT, Api, configured, insert_disk, standing_in
 from support.appliance import free_port
 from support.client_certificates import Authority
 from support.contents import MIB, Contents, patchwork
-from support.network_client import HOST, WebProcess, add_account, serving_network
+from support.network_client import HOST, PASSWORD, WebProcess, add_account, serving_network
 from support.terminal import on_terminal
 
 from stratocache.api import remotes
 from stratocache.api.command_line import command_line
-from stratocache.cache.configuration import (
-    ApiSettings,
-    Configuration,
-    IscsiSettings,
-    SpaceSettings,
-)
+from stratocache.api.passwords import is_right
+from stratocache.cache.configuration import Configuration, SpaceSettings
 from stratocache.cache.errors import StratocacheError
+from stratocache.fs.accounts import password_hash
 from stratocache.fs.records import SCOPES
 from stratocache.fs.tokens import create_token
 
@@ -57,18 +53,11 @@ def configuration(
 ) -> Iterator[Configuration]:
     """A daemon for all tests here: what they make, they make beside each other."""
     folder = tmp_path_factory.mktemp("daemon")
-    with tempfile.TemporaryDirectory(prefix="sc-") as run_dir:
-        yield Configuration(
-            state_dir=folder,
-            run_dir=Path(run_dir),
-            iscsi=IscsiSettings(port=1),
-            api=ApiSettings(
-                workers=1, threads=6, group="no-such-group", address=HOST, port=free_port(),
-                certificate_file=folder / "host.pem", key_file=folder / "host.key",
-                client_ca_file=authority.file,
-            ),
-            space=SpaceSettings(reserve_bytes=0),
-        )  # fmt: skip
+    files = {"certificate_file": folder / "host.pem", "key_file": folder / "host.key"}
+    with configured(
+        folder, address=HOST, port=free_port(), client_ca_file=authority.file, **files
+    ) as made:
+        yield made.model_copy(update={"space": SpaceSettings(reserve_bytes=0)})
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +262,19 @@ def test_content_streams_both_ways(
     done = run("--remote", "node", "disk", "upload", sink, str(file))
     assert done.returncode == 0, done.stderr
     assert disks.read(sink) == content
+
+
+def test_own_password_needs_the_present_one(host: WebProcess, api: Api, run: Run) -> None:
+    """Who changes their own password from afar says what it was."""
+    add_account(api.db, "pat")
+    _, mine = create_token(api.db, ROOT, "pat", scopes=SCOPES)
+    passwd = ("--url", host.url, "account", "passwd")
+
+    wrong = run(*passwd, stdin=f"wrong\n{PASSWORD} new\n", STRATOCACHE_TOKEN=mine)
+    refused(wrong, 5, "password-wrong")
+    right = run(*passwd, stdin=f"{PASSWORD}\n{PASSWORD} new\n", STRATOCACHE_TOKEN=mine)
+    assert right.returncode == 0, right.stderr
+    assert is_right(password_hash(api.db, "pat"), f"{PASSWORD} new")
 
 
 # -- what may be wrong

@@ -5,16 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.api_daemon import ROOT, Api, end_badly, insert_disk, serving
+from support.api_daemon import ROOT, Api, configured, end_badly, insert_disk, serving
+from support.command_line import line_of, piping
 from support.terminal import Terminal, on_terminal
 
-from stratocache.cache.configuration import ApiSettings, Configuration, IscsiSettings
+from stratocache.cache.configuration import Configuration
 from stratocache.fs import intents
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
@@ -23,13 +23,8 @@ pytestmark = pytest.mark.root  # callers are root, or are made from root
 @pytest.fixture(scope="module")
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Configuration]:
     """The directories of a daemon for all tests here."""
-    with tempfile.TemporaryDirectory(prefix="sc-") as run_dir:
-        yield Configuration(
-            state_dir=tmp_path_factory.mktemp("state"),
-            run_dir=Path(run_dir),
-            iscsi=IscsiSettings(port=1),
-            api=ApiSettings(workers=1, threads=6, group="no-such-group"),
-        )
+    with configured(tmp_path_factory.mktemp("state")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +58,6 @@ def watching(configuration: Configuration, *arguments: str, **variables: str) ->
     """Watch on a terminal."""
     with on_terminal(command(configuration, *arguments), {**os.environ, **variables}) as terminal:
         yield terminal
-
-
-@contextmanager
-def piping(configuration: Configuration, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Watch into a pipe."""
-    with subprocess.Popen(
-        command(configuration, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    """Return the next line that is written."""
-    assert process.stdout is not None
-    return process.stdout.readline().rstrip("\n")
 
 
 def test_screen_is_drawn_anew(configuration: Configuration, api: Api) -> None:
@@ -160,7 +136,7 @@ def test_table_without_colours(configuration: Configuration, api: Api) -> None:
 def test_pipe_gets_changes_as_lines(configuration: Configuration, api: Api) -> None:
     """Without a terminal: everything once, then the rows that are new, changed and gone."""
     uuid = insert_disk(api.db, tag="a")
-    with piping(configuration, "disk", "ls") as process:
+    with piping(command(configuration, "disk", "ls")) as process:
         assert line_of(process).startswith("UUID\t")
         assert line_of(process).split("\t")[0] == uuid
         api.db.connection.execute("UPDATE disks SET tag = 'b'")
@@ -181,7 +157,7 @@ def test_pipe_gets_changes_as_lines(configuration: Configuration, api: Api) -> N
 def test_json_is_a_document_a_change(configuration: Configuration, api: Api) -> None:
     """With --json each change is one whole document on one line."""
     uuid = insert_disk(api.db, tag="a")
-    with piping(configuration, "disk", "show", uuid, "--json") as process:
+    with piping(command(configuration, "disk", "show", uuid, "--json")) as process:
         assert json.loads(line_of(process))["tag"] == "a"
         api.db.connection.execute("UPDATE disks SET tag = 'b', generation = generation + 1")
         assert json.loads(line_of(process))["tag"] == "b"
@@ -225,7 +201,7 @@ def test_operations_are_watched_to_their_end(configuration: Configuration, api: 
     """`operation ls --watch` shows how far work is."""
     operation = intents.request_fetch(api.db, ROOT, "held")
     progress = "UPDATE operations SET state = 'running', progress_bytes = ?, total_bytes = 2097152"
-    with piping(configuration, "operation", "ls") as process:
+    with piping(command(configuration, "operation", "ls")) as process:
         assert line_of(process).startswith("ID\t")
         assert line_of(process).split("\t")[2] == "pending"
         api.db.connection.execute(progress, (1048576,))

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 from falcon import testing
 
 from stratocache.api.application import create_app
-from stratocache.cache.configuration import Configuration
+from stratocache.cache.configuration import ApiSettings, Configuration, IscsiSettings
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.fs import disk_intents, intents, inventory
 from stratocache.fs.listener import listen
@@ -196,6 +197,19 @@ _STEPS: dict[str, Callable[[Database, Operation], dict[str, Any]]] = {
         "DELETE FROM disks WHERE state = 'deleting'",
     ),
 }
+
+
+@contextmanager
+def configured(state_dir: Path, **api: Any) -> Iterator[Configuration]:
+    """Yield a small configuration with directories of its own; the run directory's path is short."""
+    settings = {"workers": 1, "threads": 6, "group": "no-such-group", **api}
+    with tempfile.TemporaryDirectory(prefix="sc-") as run_dir:
+        yield Configuration(
+            state_dir=state_dir,
+            run_dir=Path(run_dir),
+            iscsi=IscsiSettings(port=1),
+            api=ApiSettings.model_validate(settings),
+        )
 
 
 @contextmanager

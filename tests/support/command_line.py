@@ -1,4 +1,8 @@
-"""Running commands in this process, and their error lines."""
+"""Running commands, in this process or as one that goes on, and their error lines."""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from click.testing import CliRunner, Result
 
@@ -19,3 +23,21 @@ def error(result: Result, exit_code: int, code: str) -> str:
     assert line.endswith(f" [{code}]\n")
     assert line.count("\n") == 1
     return line
+
+
+@contextmanager
+def piping(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a command that goes on, into pipes, until the end of the block."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """Return the next line that a command writes, without its end."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
