@@ -97,6 +97,6 @@ def tab(browser: Browser, address: str, **options: Any) -> Iterator[Tab]:
     opened.page.on("response", note_answer)
     try:
         yield opened
-        assert opened.faults == []
+        assert opened.faults == [], opened.faults
     finally:
         context.close()
