@@ -14,7 +14,13 @@ from stratocache.api.request_origin import is_unix, require_csrf_token
 from stratocache.cache import distinguished_name
 from stratocache.cache.configuration import ApiSettings
 from stratocache.cache.errors import Refused
-from stratocache.fs.accounts import Account, find_account, find_by_certificate, key_of_names
+from stratocache.fs.accounts import (
+    Account,
+    find_account,
+    find_by_certificate,
+    key_of_names,
+    note_certificate,
+)
 from stratocache.fs.records import Caller
 from stratocache.fs.sessions import judge_session
 from stratocache.fs.state import Database
@@ -120,7 +126,10 @@ class Authentication:
         account = find_by_certificate(
             self._db, f"sha256:{certificate.fingerprint(hashes.SHA256()).hex()}"
         ) or find_by_certificate(self._db, key_of_names(names))
-        return account if account is not None and account.enabled else None
+        if account is None or not account.enabled:
+            return None
+        note_certificate(self._db, account)
+        return account
 
 
 def _issuers(settings: ApiSettings) -> "Issuers | None":

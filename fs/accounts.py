@@ -7,6 +7,7 @@ as hashes only, tokens and cookies go to the database as digests only.
 import hashlib
 import re
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
 from stratocache.fs import pages, quotas
 from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller, Role
-from stratocache.fs.state import Database, now
+from stratocache.fs.state import Database, later, now
 
+_LOGIN_NOTED_S = 600.0
 SUPERUSER = "root"
 """Whom the Unix socket knows: no account, and no issuer, makes anybody root."""
 _FINGERPRINT = re.compile(r"sha256:([0-9A-Fa-f]{2}:?){32}")
@@ -211,6 +213,14 @@ def delete_account(db: Database, caller: Caller, name: str) -> None:
 def note_login(connection: sqlite3.Connection, name: str) -> None:
     """Record that somebody has logged in, within the caller's transaction."""
     connection.execute("UPDATE accounts SET last_login_at = ? WHERE name = ?", (now(), name))
+
+
+def note_certificate(db: Database, account: Account) -> None:
+    """Record that somebody came with a certificate, unless that was recorded minutes ago."""
+    if (account.last_login_at or "") < later(-_LOGIN_NOTED_S):
+        # a full disk keeps nobody from reading
+        with suppress(sqlite3.OperationalError), db.transaction() as connection:
+            note_login(connection, account.name)
 
 
 def digest_of(secret: str) -> str:

@@ -108,7 +108,8 @@ def judge_token(db: Database, secret: str) -> tuple[Account, frozenset[Scope]] |
     if row is None or owner is None or not owner.enabled:
         return None
     if (row["last_used_at"] or "") < later(-_USE_NOTED_S):
-        with db.transaction() as connection:
+        # a full disk keeps nobody from reading
+        with suppress(sqlite3.OperationalError), db.transaction() as connection:
             connection.execute(
                 "UPDATE tokens SET last_used_at = ? WHERE id = ?", (now(), row["id"])
             )

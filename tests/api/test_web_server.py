@@ -28,6 +28,7 @@ from support.network_client import (
 from stratocache.api.doctor import Verdict, network_finding
 from stratocache.api.web_certificate import ensure_certificate, fingerprint
 from stratocache.cache.configuration import ApiSettings, Configuration
+from stratocache.fs.accounts import account
 from stratocache.fs.login_ration import WRONG_PER_NAME, reserve_attempt
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database
@@ -143,6 +144,7 @@ def test_certificate_of_a_user_is_a_log_in(
             answer = user.get("/v1/session")
             assert answer.status_code == status
             assert answer.json().get("name") == name
+    assert account(db, "jane").last_login_at is not None
     stranger = Authority(authority.folder.parent / "another").issue("Jane Doe")
     with client(web, stranger) as user, pytest.raises(httpx.TransportError):
         user.get("/v1/session")
