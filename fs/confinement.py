@@ -45,7 +45,8 @@ SYSTEM_PATHS = (
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 _SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 # named, not used
 
-_SET_FILTER, _FILTER_SPEC_ALLOW, _RETURN_ALLOW, _RETURN_ERRNO = 1, 4, 0x7FFF0000, 0x00050000
+_SET_FILTER, _ACTION_AVAILABLE, _FILTER_SPEC_ALLOW = 1, 2, 4
+_RETURN_ALLOW, _RETURN_ERRNO = 0x7FFF0000, 0x00050000
 _EPERM = 1
 # machine: (number of seccomp(2), AUDIT_ARCH of the kernel, numbers of what is refused)
 _CALLS: dict[str, tuple[int, int, tuple[int, ...]]] = {
@@ -227,11 +228,15 @@ class _Program(ctypes.Structure):
 
 
 def _filter() -> tuple[int, _Program] | None:
-    """Return a seccomp filter for this machine, None where we know no numbers."""
+    """Return a seccomp filter, None where we know no numbers or the kernel has no filters."""
     known = _CALLS.get(platform.machine())
     if known is None:
         return None
     seccomp, architecture, refused = known
+    action = ctypes.c_uint32(_RETURN_ERRNO)
+    if _LIBC.syscall(seccomp, _ACTION_AVAILABLE, 0, ctypes.byref(action)):
+        log.warning("no seccomp: %s", os.strerror(ctypes.get_errno()))
+        return None
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     refuse = (answer, 0, 0, _RETURN_ERRNO | _EPERM)
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), refuse, (load, 0, 0, 0)]
