@@ -6,6 +6,8 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 # More arguments for pytest: make test ARGS="-k chunk"
 ARGS ?=
+# Processes that share the tests; 0 = none but pytest's own, as -s wants: make test WORKERS=0 ARGS=-s
+WORKERS ?= 2
 
 INSTALL := packaging/install-dependencies
 RUNTIME_PACKAGES := packaging/apt-packages.txt
@@ -38,7 +40,7 @@ demo: test-tools ## see the main job: boot a VM from a cached image, keep its di
 	@$(RUN)/python packaging/demo/demo.py
 
 test: test-tools ## run all tests (root)
-	@$(RUN)/python -m pytest $(ARGS)
+	@$(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: venv ## check style, format and types
 	@$(RUN)/ruff check .

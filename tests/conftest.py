@@ -1,6 +1,7 @@
 """What every test session does first: say what is missing, and sweep what a killed one left.
 
-`make test` draws the same examples every time; `make crash`, which sets CRASH_ROUNDS, new ones.
+`make test` draws the same examples every time; `make crash`, which sets CRASH_ROUNDS, new ones. How
+long an example may take is nobody's promise, least of all beside another worker.
 """
 
 import errno
@@ -16,12 +17,17 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.sharing import Sharing
+from xdist.remote import Producer
 
-settings.register_profile("steady", derandomize=True)
+settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("default" if "CRASH_ROUNDS" in os.environ else "steady")
 
 # Where pytest keeps a session's folders; `.lock` holds the session's process id.
 _SESSION = re.compile(r"(/\S*?/pytest-of-[^/\s]+/pytest-[0-9]+)(?=/)")
+
+# UUIDs, and the 27 characters of an image's identifier.
+_DRAWN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<![\w-])[\w-]{27}(?![\w-])")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -64,11 +70,27 @@ def closed_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     assert not failures, "\n".join(["closed twice:", *failures])
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Leave out of a test's name what may be drawn anew in each process: workers must agree on it."""
+    if isinstance(val, str) and _DRAWN.search(val):
+        return _DRAWN.sub("ID", val)
+    return None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Sharing:
+    """Share files among workers in our own way, whatever `--dist` says."""
+    return Sharing(config, log)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Take down the processes, mounts and loop devices of sessions that are dead."""
+    """Take down the processes, mounts and loop devices of sessions that are dead.
+
+    Of several workers none does it, but once the process that starts them, before it does.
+    """
     # what a shell starts in the background ignores Ctrl-C, and so would all commands under test
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or hasattr(session.config, "workerinput"):
         return
     for pid, text in _processes():
         if _is_of_dead_session(text):

@@ -85,6 +85,7 @@ def test_refused_reference_says_why(host: Host, fields: dict[str, Any], code: st
         ("nowhere:" + IDENTIFIER, "catalogue-unknown"),
         ("not-an-identifier", "reference-invalid"),
     ],
+    ids=["unknown", "not-here", "no-catalogue", "no-identifier"],
 )
 def test_unusable_reference_is_a_result(host: Host, reference: str, code: str) -> None:
     """A reference that names nothing, or is none, gives its error as the result."""
