@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from stratocache.cache.errors import Conflict, InvalidInput
 
-_TIMEOUT_S = 10.0
+PATIENCE_S = 10.0
+"""How long a predecessor's tgtd may take to let go of the portal."""
 _POLL_INTERVAL_S = 0.02
 
 
@@ -64,7 +65,7 @@ class Portal:
 
         Raises `Conflict` (`portal-in-use`).
         """
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while not self.is_free():
             if time.monotonic() > deadline:
                 raise Conflict(

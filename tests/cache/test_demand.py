@@ -218,9 +218,10 @@ def test_a_dead_origin_costs_one_read_its_time_out(state_dir: Path, origin: Orig
 
 
 def test_a_reader_that_waits_gets_the_only_origin_asked_again(
-    host: LazyHost, origin: OriginServer
+    state_dir: Path, origin: OriginServer
 ) -> None:
     """An origin that rests for minutes is asked all the same when a guest needs what it has."""
+    host = LazyHost(state_dir, demand_timeout_s=8.0)  # it waits two quarters of that
     resource = Resource(IMAGE, faults=deque([Fault(status=404)] * 3))
     identifier = host.add(IMAGE, entry_of(IMAGE, origin.add("/image", resource)))
 
@@ -235,6 +236,7 @@ def test_a_reader_that_waits_gets_the_only_origin_asked_again(
         await fetcher.fetch(identifier, 0)
 
     host.run(script)
+    host.close()
 
     assert [request.status for request in origin.log] == [404, 404, 404, 206]
 

@@ -259,6 +259,6 @@ def _processes_naming(text: str) -> list[str]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if text in line and "pytest" not in line:
+                if text in line:
                     found.append(line)
     return found

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from stratocache.cache.configuration import Configuration
+from stratocache.fs import portal, processes
 from stratocache.fs.crew import Settings
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.supervisor import READY_LINE, Supervisor, run_reporting
@@ -33,6 +34,7 @@ from support.service_manager import ServiceManager
 START_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 40
 UPGRADE_TIMEOUT_S = 240
+_HASTE_S = 0.2
 _PYTHON = sys.executable
 FUSE_CHILD = ("support.fuse_child",)
 API_CHILD = (_PYTHON, "-m", "support.supervised", "--as-api")
@@ -45,7 +47,7 @@ class Supervised:
 
     def __init__(
         self, root: Path, *, export: bool = False, resend: bool = True, api: str = "normal",
-        peers: bool = False, web: bool = False,
+        peers: bool = False, web: bool = False, hasty: bool = False,
     ) -> None:  # fmt: skip
         self.state_dir = root / "state"
         self.directory = RunDirectory(root / "run")
@@ -57,6 +59,7 @@ class Supervised:
         self._options = [
             *(["--export"] if export else []),
             *([] if resend else ["--no-resend"]),
+            *(["--hasty"] if hasty else []),
             *("--api", api),
         ]
         self.process: subprocess.Popen[bytes] | None = None
@@ -295,11 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--no-resend", action="store_true")
+    parser.add_argument("--hasty", action="store_true")
     parser.add_argument("--api", choices=("normal", "broken", "missing"), default="normal")
     given = parser.parse_args(arguments)
     if given.as_api:
         _serve_api(given.listen_fd, given.ready_fd)
         return 0
+    if given.hasty:  # how often something is tried again matters to a test, not when
+        processes.DELAY_MAX_S = portal.PATIENCE_S = _HASTE_S
     configuration = Configuration.model_validate_json(given.config_json.read_bytes())
     apis = {"normal": API_CHILD, "broken": (_PYTHON, "-c", "exit(7)"), "missing": ("/no/program",)}
     supervisor = Supervisor(
