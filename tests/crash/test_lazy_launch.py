@@ -29,6 +29,8 @@ IMAGE_BYTES = 32 * MIB
 SMALL_BYTES = 8 * MIB
 KINDS = ["unproven", "stream"] if "LAZY_KILLS" in os.environ else ["unproven"]
 KILLS = int(os.environ.get("LAZY_KILLS", "2"))
+KILLS_PER_IMAGE = 5
+LIVES = -(-KILLS // KILLS_PER_IMAGE)
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
 GUESTS = 16
 DEAD_READS = 300
@@ -190,37 +192,60 @@ def test_kills_in_the_middle_of_a_stream_cost_no_byte(
     shutil.rmtree(folder / "image-1.castr", ignore_errors=True)
     _kill_in_the_middle(tmp_path, published, provisional=kind == "unproven")
     moved = sum(asked.sent_bytes for asked in nginx.requests() if asked.path == "/image-1.gz")
-    assert moved < published.source.stat().st_size + (KILLS + 1) * MIB
+    assert moved < LIVES * published.source.stat().st_size + (KILLS + 1) * MIB
 
 
 def _kill_in_the_middle(tmp_path: Path, published: Published, *, provisional: bool) -> None:
+    """Kill everything KILLS times while an image comes, which is fetched anew every few of them."""
     print(f"CRASH_SEED={SEED} LAZY_KILLS={KILLS}")
     chance = random.Random(SEED)
-    content = bytearray(published.image.read_bytes())
     appliance = _appliance(tmp_path, published, provisional=provisional)
+    amid = 0
     with appliance:
-        file = _launch(appliance, published, "vm", provisional=provisional)
-        for _ in range(KILLS):
-            offset = chance.randrange(0, IMAGE_BYTES - 5000)
-            written = chance.randbytes(5000)
-            descriptor = os.open(file, os.O_RDWR)
-            os.pwrite(descriptor, written, offset)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            content[offset : offset + 5000] = written
-            time.sleep(chance.uniform(0, 1.0))
-            appliance.kill()
-            appliance.start()
-            descriptor = os.open(file, os.O_RDONLY)
-            at = chance.randrange(0, IMAGE_BYTES - MIB)
-            assert os.pread(descriptor, MIB, at) == content[at : at + MIB]
-            os.close(descriptor)
-        assert _read(file, bytes(content), SEED) == 0
-        _wait_verified(appliance, published)
-        image = appliance.run_dir / "blocks" / "images" / published.identifier
-        assert image.read_bytes() == published.image.read_bytes()
-        assert appliance.run("disk", "check").returncode == 0
-        assert os.listdir(appliance.state_dir / "stage") == []
+        for life in range(LIVES):
+            if life:
+                assert appliance.request("DELETE", "/v1/launches/vm")[0] == 204
+                path = f"/v1/images/{published.identifier}"
+                assert appliance.request("DELETE", path)[0] == 204
+            kills = min(KILLS_PER_IMAGE, KILLS - life * KILLS_PER_IMAGE)
+            file = _launch(appliance, published, "vm", provisional=provisional)
+            content = bytearray(published.image.read_bytes())
+            for number in range(kills):
+                amid += _kill_once(appliance, published, file, content, chance, number / kills)
+            assert _read(file, bytes(content), SEED) == 0
+            _wait_verified(appliance, published)
+            image = appliance.run_dir / "blocks" / "images" / published.identifier
+            assert image.read_bytes() == published.image.read_bytes()
+            assert appliance.run("disk", "check").returncode == 0
+            assert os.listdir(appliance.state_dir / "stage") == []
+    print(f"{KILLS} kills, {amid} of them before the image was here, in {LIVES} fetches")
+    assert amid > 0
+
+
+def _kill_once(
+    appliance: Appliance, published: Published, file: Path, content: bytearray,
+    chance: random.Random, part: float,
+) -> bool:  # fmt: skip
+    """Write to a disk, kill everything, and read what is not beyond a part of the image.
+
+    Tells whether the image was still on its way.
+    """
+    offset = chance.randrange(0, IMAGE_BYTES - 5000)
+    written = chance.randbytes(5000)
+    descriptor = os.open(file, os.O_RDWR)
+    os.pwrite(descriptor, written, offset)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    content[offset : offset + 5000] = written
+    time.sleep(chance.uniform(0, 1.0))
+    amid = _image(appliance, published)["state"] == "provisional"
+    appliance.kill()
+    appliance.start()
+    at = chance.randrange(0, 1 + int(part * (IMAGE_BYTES - MIB)))
+    descriptor = os.open(file, os.O_RDONLY)
+    assert os.pread(descriptor, MIB, at) == content[at : at + MIB]
+    os.close(descriptor)
+    return amid
 
 
 def test_a_dead_origin_leaves_other_disks_alone(
