@@ -9,7 +9,7 @@ from pathlib import Path
 import zstandard
 
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.cache.images import ImageReader
+from stratocache.cache.image_reader import ImageReader
 from stratocache.cache.manifest import fsync_directory
 
 

@@ -15,7 +15,8 @@ from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.fetch import ALGORITHMS, FetchedImage
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.cache.ingestion import Batch, ingest
 from stratocache.cache.origin import Backoff
 from stratocache.cache.streaming import CHUNK_MISMATCH

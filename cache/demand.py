@@ -26,8 +26,8 @@ from stratocache.cache.chunk_origins import (
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
-from stratocache.cache.growing import GrowingManifest
-from stratocache.cache.images import UNKNOWN_DIGEST, ImageStore
+from stratocache.cache.growing import UNKNOWN_DIGEST, GrowingManifest
+from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
 from stratocache.cache.origin_health import OriginHealth

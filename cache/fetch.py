@@ -21,6 +21,7 @@ from stratocache.cache import conversion
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.decompression import decompressed
+from stratocache.cache.draft import Draft
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import (
     NoSpace,
@@ -30,7 +31,7 @@ from stratocache.cache.errors import (
     Refused,
     StratocacheError,
 )
-from stratocache.cache.images import Draft, ImageStore
+from stratocache.cache.images import ImageStore
 from stratocache.cache.ingestion import Batch, Consumer, chunks_of, chunks_of_sparse_file, ingest
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import (

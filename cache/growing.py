@@ -9,11 +9,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from stratocache.cache.chunk_gate import OpeningGate
 from stratocache.cache.chunks import CHUNK_BYTES, DIGEST_BYTES, ChunkStore, zero_digest
 from stratocache.cache.errors import NotVerified
-from stratocache.cache.images import UNKNOWN_DIGEST, ImageReader, OpeningGate
+from stratocache.cache.image_reader import ImageReader
 from stratocache.cache.manifest import Manifest, fsync_directory
 from stratocache.cache.traffic import ReadCounts
+
+UNKNOWN_DIGEST = bytes(DIGEST_BYTES)
+"""In place of a digest: of a chunk that has not flowed past yet."""
 
 
 class GrowingManifest:

@@ -8,7 +8,8 @@ import trio
 
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.errors import NotFound, NotVerified
-from stratocache.cache.images import UNKNOWN_DIGEST, ImageStore
+from stratocache.cache.growing import UNKNOWN_DIGEST
+from stratocache.cache.images import ImageStore
 from stratocache.cache.repair import Repairer
 
 Awaited = Callable[[str], Sequence[str]]
@@ -17,7 +18,7 @@ Awaited = Callable[[str], Sequence[str]]
 
 
 class Supply:
-    """Supplies the readers of one image store; see `stratocache.cache.images.Supplier`.
+    """Supplies the readers of one image store; see `stratocache.cache.chunk_gate.Supplier`.
 
     What needs a repair waits until there is a repairer. Belongs to one trio loop.
     """

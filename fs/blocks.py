@@ -13,7 +13,8 @@ import trio
 
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import NotFound, StratocacheError
-from stratocache.cache.images import MANIFEST_FAULTS, ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import MANIFEST_FAULTS, ImageStore
 from stratocache.fs import records
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.overlay import Overlay

@@ -16,7 +16,8 @@ from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotFound, NotVerified, StratocacheError
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.cache.location import beside_index, read_location
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.entry import LOCAL_CATALOGUE, Endorser, Entry
 from stratocache.cache.errors import Cancelled, Conflict
 from stratocache.cache.identifier import encode
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.cache.ingestion import Batch, Consumer, chunks_of_sparse_file, ingest
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.publication import Description, Measurement

@@ -15,8 +15,9 @@ from itertools import islice
 import trio
 
 from stratocache.cache.chunks import CHUNK_BYTES, DIGEST_BYTES, zero_digest
+from stratocache.cache.draft import Draft
 from stratocache.cache.errors import StratocacheError
-from stratocache.cache.images import Draft, ImageStore
+from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.fs import inventory, records
 from stratocache.fs.blocks import Blocks

@@ -11,7 +11,8 @@ import trio
 
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import NotFound, NotVerified, StratocacheError
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.cache.repair import Repairer
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report

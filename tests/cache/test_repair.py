@@ -22,7 +22,8 @@ from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.entry import LOCAL_CATALOGUE, Compression, Endorser, Entry
 from stratocache.cache.errors import NotVerified, OriginFailed
 from stratocache.cache.fetch import Fetcher
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
 from stratocache.cache.repair import Repairer
 from stratocache.cache.restoration import EntryOrigins

@@ -16,7 +16,8 @@ from support.images import store_image
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
 from stratocache.cache.errors import InvalidInput, NoSpace, NotFound, NotVerified
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.fs.clones import Clone
 from stratocache.fs.disks import DiskStore
 

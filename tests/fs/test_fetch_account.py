@@ -16,7 +16,8 @@ from support.lazy import index_of, manifest_of
 from support.operation_host import IDENTIFIER, IMAGE, ROOT_CALLER, Host, operation_host
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
-from stratocache.cache.images import ImageReader, ImageStore
+from stratocache.cache.image_reader import ImageReader
+from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.traffic import Traffic, reading_for
 from stratocache.fs import fetch_account, intents, inventory, traffic_record
