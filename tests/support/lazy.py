@@ -10,12 +10,13 @@ import trio
 
 from stratocache.cache.chunks import CHUNK_BYTES, ChunkStore
 from stratocache.cache.configuration import Configuration, FetchSettings, SpaceSettings
-from stratocache.cache.demand import ChunkFetcher, Patience
+from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.entry import EndorsedIndex, Endorser, Entry
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.patience import Patience
 from stratocache.cache.room import CacheSpace
 from stratocache.cache.supply import Supply
 

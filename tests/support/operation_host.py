@@ -19,11 +19,12 @@ from stratocache.cache.configuration import (
     FetchSettings,
     SpaceSettings,
 )
-from stratocache.cache.demand import ChunkFetcher, Patience
+from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import encode
 from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
+from stratocache.cache.patience import Patience
 from stratocache.cache.supply import Supply
 from stratocache.cache.traffic import Traffic
 from stratocache.fs.acquisition import Acquisition
