@@ -10,7 +10,7 @@ from stratocache.api import answers
 from stratocache.api.pages.pictures import Segment, span_bar, stacked_bar
 from stratocache.api.pages.rendering import Pages
 from stratocache.api.resources.cache import CacheView, HoldingView, LossView, PeerView, ScrubView
-from stratocache.fs import eviction, scrubbing, space_plan
+from stratocache.fs import eviction, scrubbing
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan
 from stratocache.fs.losses import losses
 from stratocache.fs.peer_record import peer_states
@@ -36,7 +36,7 @@ class CachePage:
         service, caller = self._pages.service, answers.caller(request)
         configuration, db = service.configuration, service.db
         plan = eviction_plan(configuration, db)
-        account = space_plan.account(configuration, db)
+        account = service.space.recent()
         surplus_bytes = eviction.surplus_bytes(
             configuration, account.chunk_bytes, account.free_bytes
         )
@@ -44,7 +44,7 @@ class CachePage:
         segments = plan_segments(plan, going, account.chunk_bytes)
         scrub = ScrubView.of(scrubbing.scrub_state(db))
         self._pages.show(
-            request, response, "cache", busy=scrub.state == "running",
+            request, response, "cache",
             space=CacheView.of(account, configuration.cache), surplus_bytes=surplus_bytes,
             segments=segments, plan_bar=stacked_bar("What chunks are there for", segments),
             rows=self._rows(plan, going, caller), scrub=scrub,
