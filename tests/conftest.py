@@ -125,11 +125,11 @@ def _processes() -> Iterator[tuple[int, str]]:
     Those of another root directory are left out: their paths are not ours.
     """
     own = {os.getpid(), os.getppid()}
-    root = os.readlink("/proc/self/root")
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) not in own:
             with suppress(OSError):
-                if os.readlink(entry / "root") != root:
+                # by the directory itself: seen from inside a chroot, both are called "/"
+                if not os.path.samefile(entry / "root", "/"):
                     continue
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
                 yield int(entry.name), line.decode(errors="replace")
