@@ -1,5 +1,6 @@
 """Outgoing requests against real servers: whom they reach, after redirects and changes of names."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -265,6 +266,7 @@ def test_the_internet_is_reached_and_reaches_nothing_here() -> None:
     done = subprocess.run(
         ["unshare", "-n", sys.executable, str(Path(__file__).parents[1] / "support/outside.py")],
         check=False, capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
 
     assert done.stdout.splitlines() == [

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from contextvars import copy_context
 
 import pytest
 
@@ -69,10 +70,14 @@ def test_text_cannot_be_forged() -> None:
 
 def test_ids_end_with_their_block() -> None:
     """What follows a block is not attributed to it."""
-    with on_behalf_of(operation_id="o1"):
-        assert ON_BEHALF.get() == OnBehalf(operation_id="o1")
 
-    assert ON_BEHALF.get() == OnBehalf()
+    def check() -> None:
+        before = ON_BEHALF.get()
+        with on_behalf_of(operation_id="o1"):
+            assert ON_BEHALF.get() == OnBehalf(before.request_id, "o1")
+        assert ON_BEHALF.get() == before
+
+    copy_context().run(check)
 
 
 def test_configuring_again_writes_once(capsys: pytest.CaptureFixture[str]) -> None:

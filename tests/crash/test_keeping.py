@@ -89,7 +89,7 @@ BUGS = {
     ),
     "withdrawn images are cloned": Bug(
         [
-            (acquisition.Acquisition, "_judge", lambda *_: None),
+            (acquisition.Acquisition, "judge", lambda *_: None),
             (launch_rows, "_hold", _hold_anything),
         ],
         [FETCHED, TAKEN_BACK, ("clone", {"index": 0, "at_once": True})],

@@ -62,7 +62,7 @@ print(json.dumps({
     "overwrite elsewhere": tried(open, other + "/old", "r+"),
     "read elsewhere": tried(open, other + "/old"),
     "list elsewhere": tried(os.listdir, other),
-    "read the system": tried(lambda: len(open("/etc/hosts").read()) > 0),
+    "read the system": tried(lambda: len(open("/etc/passwd").read()) > 0),
     "write the system": tried(open, "/etc/hosts", "a"),
     "raw disk": tried(os.open, sys.argv[6] if len(sys.argv) > 6 else "/dev/loop-control", os.O_RDWR),
     "chown": tried(os.chown, own + "/a", 1, 1),

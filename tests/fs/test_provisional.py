@@ -329,12 +329,12 @@ def test_an_image_without_an_index_is_served_as_it_flows(host: Host, compression
         assert late == [IMAGE[8 * CHUNK_BYTES :][:4096]] * 3
         await _state(host, "verified")
         assert await reader.read(0, len(IMAGE)) == IMAGE
+        await _until(lambda: os.listdir(host.configuration.state_dir / "stage") == [])
 
     host.run(script)
 
     assert host.origin.sent_bytes("/image") == len(packed)
     assert host.images.reader(IDENTIFIER).manifest == manifest_of(IMAGE)
-    assert os.listdir(host.configuration.state_dir / "stage") == []
 
 
 def test_an_image_that_was_served_unproven_and_is_wrong_is_rejected(host: Host) -> None:

@@ -98,17 +98,23 @@ class Appliance:
             return self.request("GET", "/readyz")[0] == 200
         return False
 
-    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Ask the API; return the status and the decoded body."""
-        status, content = self.exchange(method, path, body)
+    def request(
+        self, method: str, path: str, body: Any = None, *, token: str = ""
+    ) -> tuple[int, Any]:
+        """Ask the API, with a token if one is given; return the status and the decoded body."""
+        status, content = self.exchange(method, path, body, token=token)
         return status, json.loads(content) if content else None
 
-    def exchange(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+    def exchange(
+        self, method: str, path: str, body: Any = None, *, token: str = ""
+    ) -> tuple[int, bytes]:
         """Ask the API; return the status and the body as it came."""
         connection = UnixConnection(self.run_dir / "api.sock")
         with contextlib.closing(connection):
             try:
                 headers = {"Content-Type": "application/json"} if body is not None else {}
+                if token:
+                    headers["Authorization"] = f"Bearer {token}"
                 connection.request(
                     method, path, None if body is None else json.dumps(body), headers
                 )

@@ -84,7 +84,7 @@ def on_terminal(command: Sequence[str], environment: Mapping[str, str]) -> Itera
     _set_size(master, ROWS, COLUMNS)
     with subprocess.Popen(
         ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave,
-        env={"TERM": "xterm", "LANG": "C.UTF-8", **environment},
+        env={"TERM": "xterm", "LANG": "C.UTF-8", **environment, "COLUMNS": "", "LINES": ""},
     ) as process:  # fmt: skip
         os.close(slave)
         try:
