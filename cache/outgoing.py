@@ -191,17 +191,20 @@ class _Backend(httpcore.AsyncNetworkBackend):
             connected.append(stream)
             nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            for address in addresses:
-                ended = trio.Event()
-                nursery.start_soon(attempt, address, ended)
-                with trio.move_on_after(_HEAD_START_S):
-                    await ended.wait()
-        for late in connected[1:]:
-            await late.aclose()
-        if not connected:
-            raise errors[-1]
-        return connected[0]
+        try:
+            async with trio.open_nursery() as nursery:
+                for address in addresses:
+                    ended = trio.Event()
+                    nursery.start_soon(attempt, address, ended)
+                    with trio.move_on_after(_HEAD_START_S):
+                        await ended.wait()
+            if not connected:
+                raise errors[-1]
+            return connected.pop(0)
+        finally:  # those that came too late, or all, as whoever wanted one has gone
+            with trio.CancelScope(shield=True):
+                for late in connected:
+                    await late.aclose()
 
     async def sleep(self, seconds: float) -> None:
         """Sleep."""

@@ -11,6 +11,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+import httpcore
 import httpx
 import pytest
 import trio
@@ -257,6 +258,31 @@ def test_a_proxy_is_used_for_what_may_be_reached(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     origin.add("/direct", b"direct")
     assert get(source_client(settings()), f"{origin.url}/direct") == [(200, b"direct")]
+
+
+def test_a_connection_that_nobody_waits_for_is_closed(
+    origin: OriginServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is cancelled at the very moment in which a connection comes about leaves none open."""
+    url = origin.add("/x", b"content")
+    connect = httpcore.TrioBackend.connect_tcp
+    opened: list[httpcore.AsyncNetworkStream] = []
+
+    async def ask() -> bool:
+        with trio.CancelScope() as scope:
+
+            async def connect_and_cancel(*given: Any, **named: Any) -> httpcore.AsyncNetworkStream:
+                opened.append(await connect(*given, **named))
+                scope.cancel()
+                return opened[-1]
+
+            monkeypatch.setattr(httpcore.TrioBackend, "connect_tcp", connect_and_cancel)
+            async with source_client(settings()) as client:
+                await client.get(url)
+        return scope.cancelled_caught
+
+    assert trio.run(ask)
+    assert [stream.get_extra_info("socket").fileno() for stream in opened] == [-1]
 
 
 @pytest.mark.root
