@@ -157,7 +157,9 @@ class _Check:
         open_before, layout_before = self._is_open(files), _layout(files)
         snapshots = self._rows("SELECT * FROM snapshots WHERE disk_uuid = ?", uuid)
         bases = Bases(self._state_dir)
-        disk = DiskCheck(row, snapshots, files, self._live, bases, settled=not self._stopped)
+        # one that is being taken or absorbed changes the disk's files before its row
+        settled = not self._stopped and all(item["state"] == "available" for item in snapshots)
+        disk = DiskCheck(row, snapshots, files, self._live, bases, settled=settled)
         try:
             findings = list(disk.findings(in_use=open_before))
         except StratocacheError as error:

@@ -3,8 +3,11 @@
 import gc
 import hashlib
 import os
+import sqlite3
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -17,8 +20,9 @@ from stratocache.cache import document
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, StratocacheError
 from stratocache.cache.identifier import encode
-from stratocache.fs import disk_intents, intents, inventory, snapshot_intents
+from stratocache.fs import disk_check, disk_intents, intents, inventory, snapshot_intents
 from stratocache.fs.records import Caller, DiskRequest, SaveRequest
+from stratocache.fs.run_directory import RunDirectory
 
 MIB = 1024**2
 SIZE_BYTES = 8 * MIB + 512
@@ -410,3 +414,36 @@ def test_snapshots_of_others_do_not_exist(host: DiskHost) -> None:
     ):
         assert refused[1] == "disk-not-yours"
     assert disk_intents.create_disk(host.db, bob, wanted).state == "pending"
+
+
+def test_check_finds_nothing_in_what_is_under_way(
+    any_host: DiskHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a daemon a check finds no fault where files have changed and their row has not yet."""
+    host = any_host
+    transaction = host.db.transaction
+    looking = threading.Lock()
+    looks: list[disk_check.Report] = []
+
+    @contextmanager
+    def watched() -> Iterator[sqlite3.Connection]:
+        with looking:
+            looks.append(disk_check.check(host.configuration))
+        with transaction() as connection:
+            yield connection
+
+    uuid = clone(host)
+    with RunDirectory(host.configuration.run_dir).lock():
+        monkeypatch.setattr(host.db, "transaction", watched)
+        kept = snapshot(host, uuid)
+        host.write(uuid, 4096, b"changed")
+        snapshot(host, uuid)
+        host.end(disk_intents.resize_disk(host.db, ROOT, uuid, SIZE_BYTES + MIB))
+        rollback(host, uuid, kept)
+        if host.disk(uuid).form == "overlay":  # else it became raw by itself
+            host.end(disk_intents.hydrate_disk(host.db, ROOT, uuid))
+        snapshot(host, uuid)
+        host.write(uuid, 8192, b"changed again")
+        snapshot(host, uuid)
+    assert [report.faults for report in looks] == [[]] * len(looks)
+    assert sum(report.disks for report in looks) > 8

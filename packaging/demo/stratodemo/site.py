@@ -1,7 +1,7 @@
 """The site of the demonstration: a Marketplace and the appliance, both on loopback.
 
-Stratocache is driven as its users drive it: through its command line. Everything lives in one fresh
-folder, and everything started is stopped with the site.
+Stratocache is driven as its users drive it: through its command line. Everything lives in a fresh
+folder, its sockets and mounts in one below /run, and everything started is stopped with the site.
 """
 
 import json
@@ -26,6 +26,7 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 _COMMAND_TIMEOUT_S = 180.0
 _LOG_TAIL_LINES = 40
+_PREFIX = "stratocache-demo-"
 
 
 class CommandFailed(StepFailed):
@@ -38,17 +39,18 @@ class CommandFailed(StepFailed):
 
 
 class Site:
-    """A fresh folder with state, logs and servers; a context manager that takes it all down."""
+    """Fresh folders with state, logs and servers; a context manager that takes it all down."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="stratocache-demo-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.logs = self.folder / "logs"
         self.published = self.folder / "published"
         self.entries = self.folder / "entries"
         self.state = self.folder / "state"
-        self.run = self.folder / "run"
-        for folder in (self.logs, self.published, self.entries, self.state, self.run):
+        for folder in (self.logs, self.published, self.entries, self.state):
             folder.mkdir()
+        # not below $TMPDIR: the path of a socket has 108 bytes at most, see unix(7)
+        self.run = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/run"))
         self.marketplace_port, self.iscsi_port = _free_ports(2)
         self.configuration = self.folder / "stratocache.toml"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -65,6 +67,7 @@ class Site:
         self.stop_all()
         if error is None:
             shutil.rmtree(self.folder)
+            shutil.rmtree(self.run)
         else:
             self._sweep()
             if self.leftovers() == []:
@@ -161,7 +164,7 @@ class Site:
         return "\n".join(parts)
 
     def leftovers(self) -> list[str]:
-        """Return mounts, loop devices and processes that still belong to this folder."""
+        """Return mounts, loop devices and processes that still belong to the site."""
         return [
             *(f"mount {mount}" for mount in self._mounts()),
             *(f"loop device {device}" for device in self._loop_devices()),
@@ -179,6 +182,7 @@ class Site:
             subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
 
     def _keep_only_logs(self) -> None:
+        shutil.rmtree(self.run)
         for path in self.folder.iterdir():
             if path.is_dir() and path != self.logs:
                 shutil.rmtree(path)
@@ -187,7 +191,8 @@ class Site:
 
     def _mounts(self) -> list[str]:
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        return [mount for mount in mounts if mount.startswith(f"{self.folder}/")]
+        ours = (f"{self.folder}/", f"{self.run}/")
+        return [mount for mount in mounts if mount.startswith(ours)]
 
     def _loop_devices(self) -> list[str]:
         found = []
@@ -198,13 +203,15 @@ class Site:
         return found
 
     def _processes_here(self) -> list[int]:
-        """Find processes by this folder's name in their command line or environment."""
+        """Find processes by the folders' names in their command line or environment."""
+        folders = [str(folder).encode() for folder in (self.folder, self.run)]
         servers = {server.pid for server in self._processes.values()}
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # ended meanwhile
                 words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-                if str(self.folder).encode() in words and int(process.name) not in servers:
+                ours = any(folder in words for folder in folders)
+                if ours and int(process.name) not in servers:
                     found.append(int(process.name))
         return found
 
