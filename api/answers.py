@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import falcon
 
@@ -48,6 +48,26 @@ def accept(response: falcon.Response, operation: Operation) -> None:
     response.location = f"/v1/operations/{operation.id}"
     response.content_type = falcon.MEDIA_JSON
     response.data = OperationView.of(operation).to_json()
+
+
+def send(response: falcon.Response, pieces: Iterator[bytes], held: ExitStack) -> None:
+    """Answer with bytes as they come; what is held for them is let go of when all is over."""
+    response.stream = _Stream(pieces, held)
+
+
+class _Stream:
+    """The bytes of a response, which the server closes in the end, also when nobody reads on."""
+
+    def __init__(self, pieces: Iterator[bytes], held: ExitStack) -> None:
+        self._pieces = pieces
+        self._held = held
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        self._held.close()
 
 
 @contextmanager

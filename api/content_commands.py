@@ -6,7 +6,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
 
     from stratocache.api.client import Client, Document, Report
+    from stratocache.cache.errors import StratocacheError
 
 _PIECE_BYTES = 1024**2
 _PART_BYTES = 8 * 1024**2
 _RECONNECT_S = 20.0
 """How long the API may be away, as when it is restarted, before a transfer is given up."""
+_PLACE_S = 600.0
+"""How long a transfer waits for its turn when the daemon has no place for it."""
+_NO_PLACE = ("transfers-rationed", "server-busy", "rate-limited")
 _PAUSE_S = 0.2
+_TURN_PAUSE_S = 2.0
 _MEDIA_TYPES = {"raw": "application/octet-stream", "qcow2": "application/x-qcow2"}
 
 _FORMAT = click.option(
@@ -272,32 +277,38 @@ class _Upload:
 
 
 class _Patience:
-    """How long a transfer waits for a daemon that has gone away."""
+    """How long a transfer waits for a daemon that has gone away, or has no place for it."""
 
     def __init__(self) -> None:
         self.tried = False
         """Whether the daemon has been there at all."""
         self._deadline_s = 0.0
+        self._turn_s = time.monotonic() + _PLACE_S
+        self._pause_s = _PAUSE_S
 
     def renew(self) -> None:
         """Note that something was transferred."""
         self.tried = True
         self._deadline_s = time.monotonic() + _RECONNECT_S
+        self._turn_s = time.monotonic() + _PLACE_S
 
-    def bear(self, error: Exception) -> None:
+    def bear(self, error: "StratocacheError") -> None:
         """Raise an error when it has gone on for too long, or from the beginning."""
-        if time.monotonic() > self._deadline_s:
+        has_no_place = error.code in _NO_PLACE
+        self._pause_s = _TURN_PAUSE_S if has_no_place else _PAUSE_S
+        if time.monotonic() > (self._turn_s if has_no_place else self._deadline_s):
             raise error
 
     def wait(self) -> None:
         """Pause before the next attempt."""
-        time.sleep(_PAUSE_S)
+        time.sleep(self._pause_s)
 
 
 def _copy(wanted: _Wanted, output: BinaryIO, report: "Report") -> None:
     from stratocache.cache.errors import Unreachable
 
-    with wanted.open() as response:
+    with ExitStack() as opened:
+        response = _opened(wanted, opened)
         done, end = 0, int(response.headers["Content-Length"])
         for data in _contents(response):
             output.write(data)
@@ -308,6 +319,19 @@ def _copy(wanted: _Wanted, output: BinaryIO, report: "Report") -> None:
         raise Unreachable(
             "transfer-cut", f"The connection was cut after {done} of {end} bytes; try again."
         )
+
+
+def _opened(wanted: _Wanted, held: ExitStack) -> "HTTPResponse":
+    """Ask for all until there is a place for it."""
+    from stratocache.cache.errors import Unreachable
+
+    patience = _Patience()
+    while True:
+        try:
+            return held.enter_context(wanted.open())
+        except Unreachable as error:
+            patience.bear(error)
+        patience.wait()
 
 
 def _contents(response: "HTTPResponse") -> Iterator[bytes]:

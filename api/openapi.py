@@ -137,10 +137,8 @@ def _operation(
                 str(status): _answer(status, contents, references, head=method == "HEAD")
                 for status, contents in route.answers.items()
             },
-            "default": {
-                "description": "A problem.",
-                "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-            },
+            **{str(status): _problem(when) for status, when in route.problems.items()},
+            "default": _problem("A problem."),
         },
     }
     if route.body:
@@ -157,6 +155,11 @@ def _operation(
         scope = rule.scope or "any"
         shown["description"] = f"Needs the role {rule.role} and a token with the scope {scope}."
     return shown
+
+
+def _problem(when: str) -> Schema:
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {"description": when, "content": {MEDIA_TYPE: {"schema": schema}}}
 
 
 def _parameters(method: str, template: str, route: Route) -> list[Schema]:

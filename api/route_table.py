@@ -1,7 +1,7 @@
 """What every route takes and answers, as data: `openapi` describes the API by it.
 
 One row for each route and method of `stratocache.api.authorisation`; pages for people have none.
-Errors are not listed: every route may answer with a problem document.
+Every route may answer with a problem document; only some are listed.
 """
 
 from collections.abc import Mapping
@@ -71,6 +71,8 @@ class Route:
     """Of the query."""
     headers: Mapping[str, Schema] = field(default_factory=dict)
     replay: Replay = "stored"
+    problems: Mapping[int, str] = field(default_factory=dict)
+    """Problems worth preparing for, by status: when they come."""
 
 
 _TEXT: Schema = {"type": "string"}
@@ -107,6 +109,10 @@ _INDEX: Schema = {
     },
 }
 _BOOT_SET: Schema = {"type": "object"}
+_PLACES = {
+    429: "The caller has too many under way, or asks too often; again after Retry-After.",
+    503: "Others have all places of this host; again after Retry-After.",
+}
 
 
 def _json(content: Content) -> Mapping[str, Content]:
@@ -172,6 +178,7 @@ ROUTES: dict[tuple[str, str], Route] = {
         }},
         parameters=_page(EVENTS),
         headers={"Last-Event-ID": _TEXT},
+        problems=_PLACES,
     ),
     ("GET", "/v1/operations"): _list("Operations.", "operations", OperationView, OPERATIONS),
     ("GET", "/v1/operations/{operation_id}"): Route(
@@ -242,10 +249,11 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     ("GET", _DISK + "/content"): Route(
         "All bytes of a disk or a snapshot.", _CONTENT, parameters=_CONTENT_OF,
-        headers=_CONTENT_HEADERS,
+        headers=_CONTENT_HEADERS, problems=_PLACES,
     ),
     ("HEAD", _DISK + "/content"): Route(
-        "How many bytes that are.", _CONTENT, parameters=_CONTENT_OF, headers=_CONTENT_HEADERS
+        "How many bytes that are.", _CONTENT, parameters=_CONTENT_OF, headers=_CONTENT_HEADERS,
+        problems=_PLACES,
     ),
     ("PUT", _DISK + "/content"): Route(
         "Upload a disk's new content, or the next part of it.", {200: _json(UploadView)},
@@ -253,6 +261,7 @@ ROUTES: dict[tuple[str, str], Route] = {
         headers={
             "Content-Range": _TEXT, "Upload-Offset": _TEXT, "Upload-Source": _TEXT, **_DIGESTS,
         },
+        problems=_PLACES,
     ),
     ("GET", _DISK + "/content/upload"): Route("How far an upload is.", {200: _json(UploadView)}),
     ("HEAD", _DISK + "/content/upload"): Route("How far an upload is.", {200: _json(UploadView)}),
@@ -345,6 +354,7 @@ ROUTES: dict[tuple[str, str], Route] = {
             "after": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
             **dict.fromkeys(FILTERS, _TEXT),
         },
+        problems=_PLACES,
     ),
     ("POST", "/v1/audit/prune"): Route(
         "Delete old lines of the audit log.", {200: _json(PruningView)}, _body(models.AuditPruning)

@@ -19,6 +19,7 @@ from stratocache.api.application import create_app
 from stratocache.api.connection_worker import ConnectionWorker
 from stratocache.api.request_counts import RequestCounts
 from stratocache.api.server_log import ServerLog
+from stratocache.api.service import threads_of_worker
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.structured_log import configure_log
 from stratocache.fs.run_directory import RunDirectory
@@ -64,7 +65,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         """Return the options that are this server's own."""
         return {
             "workers": configuration.api.workers,
-            "threads": configuration.api.threads,
+            "threads": threads_of_worker(configuration.api),
             "proc_name": "stratocache-api",
         }
 

@@ -2,27 +2,33 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
+from stratocache.api.places import Kind, Places
 from stratocache.api.problem import FailedOperation
-from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import ErrorRecord, Unreachable, from_record
+from stratocache.cache.configuration import ApiSettings, Configuration
+from stratocache.cache.errors import ErrorRecord, from_record
 from stratocache.cache.structured_log import ON_BEHALF
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.poke import poke
-from stratocache.fs.records import Operation
+from stratocache.fs.records import Caller, Operation
 from stratocache.fs.sharing import Sharing
 from stratocache.fs.space_meter import SpaceMeter
 from stratocache.fs.state import Database
 
-_UNRESERVED_WAIT_S = 2.0
-"""How long a request may wait when long waits hold as many threads as they may."""
+_SHORT_WAIT_S = 2.0
+"""How long a request may wait when all places for long waits are taken."""
 _RESERVED_THREADS = 4
-"""Threads of a worker that long waits leave alone."""
-_STREAM_SHARE = 4
-"""Streams take at most one thread of so many."""
+"""Threads of a worker that no wait takes."""
+_TRANSFERS = Kind(
+    "transfers-rationed", "transfers", "let one of them end, then try again",
+    wait_s=5, retry_after_s=5,
+)  # fmt: skip
+_STREAMS = Kind(
+    "streams-rationed", "event streams", "close one, or ask for pages", wait_s=1, retry_after_s=10
+)
 
 
 class Service:
@@ -41,12 +47,10 @@ class Service:
         self.sharing = Sharing(configuration.state_dir)
         self.space = SpaceMeter(configuration, db)
         self._watch = OperationWatch(db, is_ending)
-        self._long_waits = threading.BoundedSemaphore(
-            max(1, configuration.api.threads - _RESERVED_THREADS)
-        )
-        self._streams = threading.BoundedSemaphore(
-            max(1, configuration.api.threads // _STREAM_SHARE)
-        )
+        settings = configuration.api
+        self._long_waits = threading.BoundedSemaphore(_long_waits(settings))
+        self._short_waits = threading.BoundedSemaphore(max(1, settings.threads - _RESERVED_THREADS))
+        self._transfers, self._streams = _places(settings)
 
     def wake(self) -> None:
         """Tell `blockd` that something is to be looked at sooner than it thinks."""
@@ -62,48 +66,55 @@ class Service:
     def wait(self, operation: Operation, wait_s: float) -> Operation:
         """Return the operation when it has ended, or as it stands when the time is over.
 
-        Long waits never take a worker's last threads: beyond that a wait is cut short, which the
-        client sees as an operation that is not done yet.
+        When all places for long waits are taken a wait is cut short, and when many are cut short
+        already there is none, which the client sees as an operation that is not done yet.
         """
         if operation.finished or wait_s == 0:
             return operation
-        with self._slot() as reserved:
-            timeout_s = wait_s if reserved else min(wait_s, _UNRESERVED_WAIT_S)
-            return self._watch.wait(operation.id, timeout_s)
+        for places, wait_max_s in (
+            (self._long_waits, wait_s),
+            (self._short_waits, min(wait_s, _SHORT_WAIT_S)),
+        ):
+            if places.acquire(blocking=False):
+                try:
+                    return self._watch.wait(operation.id, wait_max_s)
+                finally:
+                    places.release()
+        return operation
 
     @contextmanager
-    def transfer(self) -> Iterator[None]:
-        """Take a thread for a long transfer; raises `Unreachable` (`server-busy`)."""
-        with self._slot() as reserved:
-            if not reserved:
-                raise Unreachable(
-                    "server-busy", "Too many transfers are under way; try again in a moment."
-                )
-            yield
+    def transfer(self, caller: Caller) -> Iterator[None]:
+        """Have a place for a long transfer during a block.
 
-    def stream(self) -> Callable[[], None]:
-        """Take a thread for a stream; return what gives it back, which may be called twice.
-
-        Raises `Unreachable` (`server-busy`).
+        Raises `HttpProblem` 429 (`transfers-rationed`) and `Unreachable` (`server-busy`).
         """
-        held = ExitStack()
-        for places in (self._streams, self._long_waits):
-            if not places.acquire(blocking=False):
-                held.close()
-                raise Unreachable(
-                    "server-busy", "Too many streams are open; close some, or ask for pages."
-                )
-            held.callback(places.release)
-        return held.close
-
-    @contextmanager
-    def _slot(self) -> Iterator[bool]:
-        reserved = self._long_waits.acquire(blocking=False)
+        give_back = self._transfers.take(caller.name)
         try:
-            yield reserved
+            yield
         finally:
-            if reserved:
-                self._long_waits.release()
+            give_back()
+
+    def stream(self, caller: Caller) -> Callable[[], None]:
+        """Take a place for a stream; return what gives it back, which may be called twice.
+
+        Raises `HttpProblem` 429 (`streams-rationed`) and `Unreachable` (`server-busy`).
+        """
+        return self._streams.take(caller.name)
+
+
+def threads_of_worker(settings: ApiSettings) -> int:
+    """Return how many threads a worker has at most: what takes long leaves `settings.threads`."""
+    places = sum(kind.threads for kind in _places(settings))
+    return settings.threads + _long_waits(settings) + places
+
+
+def _long_waits(settings: ApiSettings) -> int:
+    return 4 * settings.threads
+
+
+def _places(settings: ApiSettings) -> tuple[Places, Places]:
+    """Return a worker's places for transfers and for event streams."""
+    return Places(_TRANSFERS, settings.threads), Places(_STREAMS, 2 * settings.threads)
 
 
 def require_success(operation: Operation) -> None:

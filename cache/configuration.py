@@ -141,6 +141,7 @@ class ApiSettings(_Table):
 
     workers: Annotated[int, Field(ge=1, le=32)] = 2
     threads: Annotated[int, Field(ge=1, le=128)] = 16
+    """Of each worker, for requests that take no time; those that do have more (`API.md`)."""
     requests_per_s: Annotated[float, Field(ge=0, le=1e6)] = 200
     """Of one caller, per worker; a tenth of it of an address without a caller that we know. 0 = no
     limit, which administrators on the Unix socket never have."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Self
@@ -54,6 +55,7 @@ class AuditLog:
 
     def __init__(self, service: Service) -> None:
         self._db = service.db
+        self._service = service
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
         """List lines, oldest first; with `Accept: application/x-ndjson` all of them, one a line."""
@@ -61,8 +63,10 @@ class AuditLog:
         wanted, limit = _filter(request), query.page_length(request)
         after = query.event_number(request.get_param("after"), "after") or 0
         if request.accept and LINES_TYPE in request.accept:
-            response.content_type = LINES_TYPE
-            response.stream = _exported(self._db, wanted, after)
+            with ExitStack() as held:
+                held.enter_context(self._service.transfer(answers.caller(request)))
+                response.content_type = LINES_TYPE
+                answers.send(response, _exported(self._db, wanted, after), held.pop_all())
             return
         found = audit.lines(self._db, wanted, after=after, limit=limit + 1)
         chosen = found[:limit]

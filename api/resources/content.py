@@ -16,7 +16,6 @@ parts of another source are refused.
 """
 
 import base64
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Self, cast
 
@@ -57,21 +56,6 @@ class UploadView(Representation):
         )
 
 
-class _Stream:
-    """The bytes of a response; whatever it holds is let go of when the server closes it."""
-
-    def __init__(self, pieces: Iterator[bytes], held: ExitStack) -> None:
-        self._pieces = pieces
-        self._held = held
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        """Let go of the disk."""
-        self._held.close()
-
-
 class DiskContent:
     """`/v1/disks/{uuid}/content`."""
 
@@ -93,7 +77,7 @@ class DiskContent:
         caller = answers.caller(request)
         part = sent_part(request)
         terminated = request.env.get("wsgi.input_terminated", False)
-        with self._service.transfer():
+        with self._service.transfer(caller):
             upload = self._uploads.receive(
                 caller, uuid, part, request.stream if terminated else request.bounded_stream
             )
@@ -107,7 +91,8 @@ class DiskContent:
         chosen = query.choice(request, "format", *MEDIA_TYPES)
         wanted: ContentFormat = cast(ContentFormat, chosen) if chosen else wanted_format(request)
         with ExitStack() as held:
-            held.enter_context(self._service.transfer())
+            if send or wanted == "qcow2":
+                held.enter_context(self._service.transfer(answers.caller(request)))
             source, etag = self._open(request, uuid, held)
             if wanted == "qcow2":
                 source = export_qcow2(self._service.configuration, source)
@@ -123,7 +108,7 @@ class DiskContent:
             _head(response, uuid, wanted, etag)
             response.content_length = end - start
             if send:
-                response.stream = _Stream(source.pieces(start, end), held.pop_all())
+                answers.send(response, source.pieces(start, end), held.pop_all())
 
     def _open(self, request: falcon.Request, uuid: str, held: ExitStack) -> tuple[Source, str]:
         """Open the disk, or its snapshot that is asked for, and keep it as it is; return its tag."""

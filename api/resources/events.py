@@ -6,6 +6,8 @@ gets what happens from now on. A comment goes out when nothing happens for a whi
 minutes the stream ends, and the client, who comes back by itself, is asked anew who it is.
 """
 
+import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -70,11 +72,12 @@ class EventCollection:
             return events(db, caller, Page(_BATCH, after=("", number)), **wanted)[:_BATCH]
 
         start = latest_number(db) if after is None else after
-        give_back = self._service.stream()
+        give_back = self._service.stream(caller)
         response.content_type = STREAM_TYPE
         response.cache_control = ["no-store"]
         response.set_header("X-Accel-Buffering", "no")
-        response.stream = _Stream(self._service, look, start, give_back)
+        connection = request.env.get("gunicorn.socket")
+        response.stream = _Stream(self._service, look, start, connection, give_back)
 
 
 class _Stream:
@@ -85,11 +88,15 @@ class _Stream:
         service: Service,
         look: Callable[[int], list[Event]],
         number: int,
+        connection: socket.socket | None,
         give_back: Callable[[], None],
     ) -> None:
         self._service = service
         self._look = look
         self._number = number
+        self._hang_up = select.poll()
+        if connection is not None:
+            self._hang_up.register(connection, select.POLLRDHUP)
         self._give_back = give_back
 
     def __iter__(self) -> Iterator[bytes]:
@@ -108,8 +115,8 @@ class _Stream:
             elif time.monotonic() - quiet_s >= HEARTBEAT_S:
                 quiet_s = time.monotonic()
                 yield b": still here\n\n"
-            else:
-                time.sleep(_POLL_S)
+            elif self._hang_up.poll(_POLL_S * 1000):
+                return
 
     def close(self) -> None:
         """Let another stream have the place."""

@@ -5,6 +5,7 @@
   const PART_BYTES = 8 * 1024 * 1024;
   const TRIES = 5;
   const PAUSE_MS = 2000;
+  const PASSING = [0, 429, 503]; // it does not answer, or has no place for this now
   const QCOW2_MAGIC = 0x514649fb;
 
   const form = document.querySelector("form[data-upload]");
@@ -59,7 +60,7 @@
         await ask("PUT", address, { body: file.slice(offset, end), headers, signal });
         return end;
       } catch (problem) {
-        if (problem.status !== 0 || left === 1) throw problem;
+        if (!PASSING.includes(problem.status) || left === 1) throw problem;
         await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
       }
     }

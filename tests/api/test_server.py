@@ -79,7 +79,7 @@ def test_ordinary_users_cannot_connect(configuration: Configuration, api: Api) -
 
 
 def test_long_waits_leave_threads_for_others(configuration: Configuration, api: Api) -> None:
-    """More waiting requests than threads do not keep the API from answering."""
+    """More waiting requests than places for them and threads do not keep the API from answering."""
     path = configuration.api_socket
     answers: list[int] = []
 
@@ -89,7 +89,8 @@ def test_long_waits_leave_threads_for_others(configuration: Configuration, api: 
         )
 
     with serving(configuration):
-        waiting = [threading.Thread(target=wait) for _ in range(configuration.api.threads + 2)]
+        count = 5 * configuration.api.threads + 2
+        waiting = [threading.Thread(target=wait) for _ in range(count)]
         for thread in waiting:
             thread.start()
         before_s = time.monotonic()
