@@ -1,6 +1,10 @@
 """Many clients at once that mix everything: no server error, every limit holds, and a restart of the
 API under load loses nothing that was accepted.
 
+No status from 500 on is excused. 503 `server-busy` is for who has nothing under way while others have
+all; all clients are one caller here, who is told 429. 507 (`no-space`, `overcommit`) says truly that the
+disk is full or too much is promised: not here, where disks have 1 MiB and images 2.
+
 `make test` takes LOAD_SECONDS (4) with LOAD_CLIENTS (16); `make crash` ten minutes with a hundred.
 """
 
@@ -121,11 +125,7 @@ class Client:
             else:
                 self._record.disturbed += 1
             self._record.statuses[f"{method} {route}", status] += 1
-            if status >= 500 and answer.get("code") not in (
-                "server-busy",
-                "overcommit",
-                "no-space",
-            ):
+            if status >= 500:
                 self._record.faults.append(f"{method} {path}: {status} {answer}")
         return status, answer
 
@@ -221,7 +221,7 @@ class Client:
                 if answer.status == 200:
                     answer.readline()
                 else:
-                    assert answer.status == 503
+                    assert answer.status == 429
 
 
 @pytest.fixture(scope="module")
