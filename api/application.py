@@ -135,8 +135,9 @@ def _add_images(app: App, service: Service) -> None:
 
 def _add_accounts(app: App, service: Service) -> None:
     account = "/v1/accounts/{name}"
-    login = Login(service.configuration.api, service.db)
-    app.add_route("/v1/session", SessionItem(login, service.db))
+    settings = service.configuration.api
+    login = Login(settings, service.db)
+    app.add_route("/v1/session", SessionItem(login, service.db, settings.session_idle_s))
     app.add_route("/v1/accounts", AccountCollection(service))
     app.add_route(account, AccountItem(service, login))
     app.add_route(account + "/tokens", TokenCollection(service))

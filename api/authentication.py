@@ -22,15 +22,18 @@ from stratocache.fs.accounts import (
     note_certificate,
 )
 from stratocache.fs.records import Caller
-from stratocache.fs.sessions import judge_session
+from stratocache.fs.sessions import Session, judge_session
 from stratocache.fs.state import Database
 from stratocache.fs.tokens import PREFIX, is_first_token, judge_token
 
 if TYPE_CHECKING:
     from stratocache.api.oidc import Issuers
+    from stratocache.api.revocation import RevocationLists
 
 _FIRST = ("POST", "/v1/accounts")
 """All that the token of the first start is good for."""
+TIMER_HEADER = "X-Stratocache-Timer"
+"""Of reading that our pages do by themselves: it keeps no session alive."""
 
 
 class Authentication:
@@ -44,10 +47,11 @@ class Authentication:
         self._settings = settings
         self._db = db
         self._issuers = _issuers(settings)
+        self._revocation = _revocation(settings)
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         """Find out who asks; raises `HttpProblem` 401 (`not-authenticated`) and 403
-        (`csrf-token-wrong`, `origin-foreign`), `Refused` (`account-disabled`)."""
+        (`csrf-token-wrong`, `origin-foreign`), `Refused` (`account-disabled`), `Unreachable`."""
         request.context.session = None
         request.context.first = False
         request.context.caller = None
@@ -60,7 +64,7 @@ class Authentication:
         if is_unix(request):
             return self._local(request)
         cookies = request.get_cookie_values(cookie_name(request))
-        found = judge_session(self._db, cookies[0]) if cookies else None
+        found = self._session(request, cookies[0]) if cookies else None
         if found is not None:
             account, session = found
             request.context.audit_user = account.name
@@ -71,6 +75,10 @@ class Authentication:
         if known is not None:
             return known.caller
         raise _unknown("Log in, or send a token: Authorization: Bearer TOKEN.")
+
+    def _session(self, request: falcon.Request, cookie: str) -> tuple[Account, Session] | None:
+        by_timer = request.get_header(TIMER_HEADER) is not None and request.method == "GET"
+        return judge_session(self._db, cookie, self._settings.session_idle_s, by_timer=by_timer)
 
     def _bearer(self, request: falcon.Request, header: str) -> Caller:
         scheme, _, token = header.partition(" ")
@@ -111,7 +119,10 @@ class Authentication:
         return replace(caller, role=account.role)
 
     def _certified(self, request: falcon.Request) -> Account | None:
-        """Return the account of the certificate that the client has proven to have, if any."""
+        """Return the account of the certificate that the client has proven to have, if any.
+
+        Raises `HttpProblem` 401 (`certificate-revoked`) and `Unreachable`.
+        """
         connection = request.env.get("gunicorn.socket")
         if self._settings.client_ca_file is None or not isinstance(connection, ssl.SSLSocket):
             return None
@@ -128,6 +139,9 @@ class Authentication:
         ) or find_by_certificate(self._db, key_of_names(names))
         if account is None or not account.enabled:
             return None
+        if self._revocation is not None:
+            request.context.audit_user = account.name
+            self._revocation.require_valid(certificate)
         note_certificate(self._db, account)
         return account
 
@@ -138,6 +152,14 @@ def _issuers(settings: ApiSettings) -> "Issuers | None":
     from stratocache.api.oidc import Issuers  # only where somebody is believed
 
     return Issuers(settings.oidc)
+
+
+def _revocation(settings: ApiSettings) -> "RevocationLists | None":
+    if settings.client_ca_file is None or settings.client_crl_file is None:
+        return None
+    from stratocache.api.revocation import RevocationLists
+
+    return RevocationLists(settings.client_crl_file, settings.client_ca_file)
 
 
 def _unknown(sentence: str) -> HttpProblem:

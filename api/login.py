@@ -38,7 +38,9 @@ class Login:
         account = find_account(self._db, name)
         if account is None:  # deleted meanwhile
             raise HttpProblem(401, "login-wrong", "Name or password are wrong.")
-        session = start_session(self._db, name, client_address(request, self._settings))
+        session = start_session(
+            self._db, name, client_address(request, self._settings), self._settings.session_idle_s
+        )
         request.context.caller = account.caller
         request.context.session = session
         response.set_cookie(

@@ -156,8 +156,13 @@ class ApiSettings(_Table):
     certificate_file: Path | None = None
     """PEM, with its chain; without one `STATE_DIR/tls/` gets a self-signed one at the first start."""
     key_file: Path | None = None
+    session_idle_s: Annotated[float, Field(ge=60, le=12 * 3600)] = 8 * 3600
+    """A session of a browser ends when nobody uses it for so long, and after twelve hours anyway."""
     client_ca_file: Path | None = None
     """PEM bundle of authorities whose certificates users may show instead of a token."""
+    client_crl_file: Path | None = None
+    """PEM, one revocation list of each of those authorities, read again when it changes: who shows a
+    certificate that is in one is refused, and so is everybody of an authority without a valid list."""
     oidc: tuple[OidcSettings, ...] = ()
 
     @model_validator(mode="after")
@@ -166,6 +171,8 @@ class ApiSettings(_Table):
             raise ValueError("tls = false needs a loopback address: passwords would be readable")
         if (self.certificate_file is None) != (self.key_file is None):
             raise ValueError("certificate_file and key_file go together")
+        if self.client_crl_file is not None and self.client_ca_file is None:
+            raise ValueError("client_crl_file needs client_ca_file: lists are of its authorities")
         if self.address and not self._is_address():
             raise ValueError("address is an IP address, such as 0.0.0.0 or ::")
         return self

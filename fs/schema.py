@@ -522,4 +522,9 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX disks_by_owner ON disks (owner);
     CREATE INDEX attachments_by_owner ON attachments (owner);
     """,
+    """
+    -- when somebody last did something in it, a minute more or less: fs.sessions
+    ALTER TABLE sessions ADD COLUMN used_at TEXT NOT NULL DEFAULT '';
+    UPDATE sessions SET used_at = created_at;
+    """,
 )

@@ -72,14 +72,16 @@ class LogoutPage:
         """End the session that the cookie is of, if a page of ours asks for it."""
         require_same_origin(request)
         cookies = request.get_cookie_values(cookie_name(request)) or []
-        found = judge_session(self._pages.service.db, cookies[0]) if cookies else None
+        service = self._pages.service
+        idle_s = service.configuration.api.session_idle_s
+        found = judge_session(service.db, cookies[0], idle_s) if cookies else None
         if found is not None:
             account, session = found
             sent = _form(request).get("csrf_token", "")
             if not hmac.compare_digest(sent.encode(), session.csrf_token.encode()):
                 raise HttpProblem(403, "csrf-token-wrong", "Log out on a page of this appliance.")
             request.context.caller = account.caller
-            end_session(self._pages.service.db, session.secret)
+            end_session(service.db, session.secret)
         forget_cookie(request, response)
         response.status = 303
         response.location = "/login"

@@ -266,8 +266,8 @@
 
   // -- staying up to date: the page is asked for again, and the parts that may change are exchanged
 
-  async function read(address) {
-    const answer = await fetch(address, { headers: { Accept: "text/html" } });
+  async function read(address, headers) {
+    const answer = await fetch(address, { headers: { Accept: "text/html", ...headers } });
     if (answer.redirected && new URL(answer.url).pathname === "/login") location.assign(answer.url);
     if (!answer.ok) throw new Problem(answer.status, null);
     return new DOMParser().parseFromString(await answer.text(), "text/html");
@@ -286,6 +286,7 @@
     if (held) document.getElementById(held.id)?.focus();
   }
 
+  const BY_TIMER = { "X-Stratocache-Timer": "refresh" }; // nobody uses the session by that
   let lastRefresh = 0;
 
   async function refresh(now = false) {
@@ -293,7 +294,7 @@
     if (!now && (document.hidden || !isLive() || find("dialog[open]") || Date.now() - lastRefresh < pause)) return;
     lastRefresh = Date.now();
     try {
-      const page = await read(location.href.split("#")[0]);
+      const page = await read(location.href.split("#")[0], now ? {} : BY_TIMER);
       document.body.dataset.refreshS = page.body.dataset.refreshS;
       for (const part of all("[data-live]")) {
         const fresh = page.getElementById(part.id);

@@ -176,6 +176,9 @@ def test_what_changes_is_exchanged(api: Api, browser: Browser, address: str, wor
         opened.open(f"/operations/{world.running}")
         page = opened.page
         expect(page.locator("#operation progress")).to_be_visible()
+        with page.expect_request(lambda request: request.resource_type == "fetch") as asked:
+            pass
+        assert asked.value.headers["x-stratocache-timer"] == "refresh"  # nobody uses the session
         api.db.connection.execute(
             "UPDATE operations SET progress_bytes = total_bytes, state = 'done' WHERE id = ?",
             (world.running,),

@@ -1,16 +1,36 @@
 """Logging in over HTTP: cookies, what protects them from other sites, and the ration of guesses."""
 
 import time
+from dataclasses import dataclass
 
 import pytest
 from support.api_daemon import Api, Requests, problem
 from support.network_client import PASSWORD, Stranger, add_account, log_in, stranger
 
+from stratocache.cache.configuration import Configuration
+from stratocache.fs import sessions
 from stratocache.fs.login_ration import WRONG_PER_ADDRESS, WRONG_PER_NAME, reserve_attempt
+from stratocache.fs.state import later
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
 DISK = {"size_bytes": 2**20}
+
+
+@dataclass
+class Clock:
+    """What sessions take for the time."""
+
+    ahead_s: float = 0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock of sessions that can be put forward."""
+    made = Clock()
+    monkeypatch.setattr(sessions, "later", lambda seconds: later(seconds + made.ahead_s))
+    monkeypatch.setattr(sessions, "now", lambda: later(made.ahead_s))
+    return made
 
 
 @pytest.fixture
@@ -30,7 +50,7 @@ def test_cookie_is_kept_from_scripts_and_other_sites(world: Stranger) -> None:
     for attribute in ("HttpOnly", "SameSite=Strict", "Secure", "Path=/", "Max-Age="):
         assert attribute in header
     assert "Domain" not in header
-    assert answer.json.keys() == {"name", "role", "scopes", "csrf_token", "expires_at"}
+    assert answer.json.keys() == {"name", "role", "scopes", "csrf_token", "expires_at", "idle_s"}
     assert (answer.json["name"], answer.json["role"]) == ("ann", "admin")
     plain = Stranger(world.client, protocol="http")
     again = plain("POST", "/v1/session", {"name": "ann", "password": PASSWORD})
@@ -58,6 +78,61 @@ def test_session_ends_by_itself(api: Api, world: Stranger) -> None:
     api.db.connection.execute("UPDATE sessions SET expires_at = created_at")
 
     problem(ann("GET", "/v1/session"), 401, "not-authenticated")
+
+
+def test_session_that_nobody_uses_ends(
+    configuration: Configuration, root: Requests, clock: Clock
+) -> None:
+    """Every use puts the end of a session off, up to twelve hours; what a page reads by a timer does
+    not."""
+    settings = configuration.api.model_copy(update={"session_idle_s": 3600})
+    api = Api(configuration.model_copy(update={"api": settings}))
+    add_account(api.db, "ann", "admin")
+    world = stranger(api)
+    ann, watching = log_in(world, "ann"), log_in(world, "ann")
+    by_timer = {"X-Stratocache-Timer": "refresh"}
+    assert ann("GET", "/v1/session").json["idle_s"] == 3600
+
+    for _ in range(13):
+        clock.ahead_s += 3300
+        assert ann("GET", "/v1/session").status_code == 200
+        if clock.ahead_s == 3300:
+            assert watching("GET", "/v1/session", headers=by_timer).status_code == 200
+        else:
+            problem(watching("GET", "/v1/session"), 401, "not-authenticated")
+    clock.ahead_s += 3300
+    problem(ann("GET", "/v1/session"), 401, "not-authenticated")
+
+    ann = log_in(world, "ann")
+    clock.ahead_s += 3599
+    changing = ann("POST", "/v1/accounts", {"name": "bob"}, headers=by_timer)
+    assert changing.status_code == 201
+    clock.ahead_s += 3599
+    assert ann("GET", "/v1/session").status_code == 200
+    clock.ahead_s += 3601
+    problem(ann("GET", "/v1/session"), 401, "not-authenticated")
+    assert log_in(world, "ann")
+    assert len(api.db.rows("SELECT * FROM sessions")) == 1
+    api.db.close()
+
+
+def test_use_of_a_session_is_not_written_each_time(api: Api, world: Stranger, clock: Clock) -> None:
+    """Requests that come soon after each other write nothing, and one on a full disk reads."""
+    ann = log_in(world, "ann")
+    clock.ahead_s += 30
+    before = api.db.row("SELECT used_at FROM sessions")
+
+    assert ann("GET", "/v1/session").status_code == 200
+    assert api.db.row("SELECT used_at FROM sessions") == before
+
+    clock.ahead_s += 60
+    with api.db.transaction() as connection:
+        connection.execute("PRAGMA query_only = ON")
+    assert ann("GET", "/v1/session").status_code == 200
+    connection.execute("PRAGMA query_only = OFF")
+    assert api.db.row("SELECT used_at FROM sessions") == before
+    assert ann("GET", "/v1/session").status_code == 200
+    assert api.db.row("SELECT used_at FROM sessions") != before
 
 
 def test_who_one_is_needs_no_cookie(root: Requests, world: Stranger) -> None:
