@@ -13,7 +13,7 @@ CODE = ("api", "cache", "fs", "packaging")
 OUTGOING = {
     "cache/outgoing.py",  # judges every address
     "cache/peer_client.py",  # hosts of the configuration, by their certificates
-    "api/oidc.py",  # the keys of issuers of the configuration
+    "api/issuer_keys.py",  # the keys of issuers of the configuration
     "api/client.py",  # the daemon: its Unix socket, or the host that the user names
 }
 """Who may make connections to HTTP servers."""

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -12,6 +12,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, Key, OKPKey, RSAKey
 
 AUDIENCE = "stratocache"
+_HELD_S_MAX = 60
 
 
 class Issuer:
@@ -21,6 +22,11 @@ class Issuer:
         self.keys: dict[str, Key] = {}
         self.asked = 0
         self.broken = False
+        self.answers = threading.Event()
+        """Unless it is set, nobody gets an answer."""
+        self.answers.set()
+        self.extra_keys: list[dict[str, str]] = []
+        """Of kinds that nobody here knows."""
         self.url = ""
         self.add_key("first", "RSA")
 
@@ -38,7 +44,7 @@ class Issuer:
     def key_set(self) -> bytes:
         """Return the public keys as a JWK set."""
         keys = [{**key.as_dict(private=False), "use": "sig"} for key in self.keys.values()]
-        return json.dumps({"keys": keys}).encode()
+        return json.dumps({"keys": [*self.extra_keys, *keys]}).encode()
 
     def token(
         self, name: str | None, *, key_id: str = "first", algorithm: str = "RS256", **claims: Any
@@ -62,11 +68,13 @@ def issuing() -> Iterator[Issuer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             issuer.asked += 1
+            issuer.answers.wait(_HELD_S_MAX)
             content = issuer.key_set()
             self.send_response(500 if issuer.broken else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(OSError):  # who asked may have given up
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -78,5 +86,6 @@ def issuing() -> Iterator[Issuer]:
         try:
             yield issuer
         finally:
+            issuer.answers.set()
             server.shutdown()
             thread.join()
