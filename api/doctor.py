@@ -21,7 +21,7 @@ from pathlib import Path
 from stratocache import __version__
 from stratocache.api.sizes import format_size
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.errors import StratocacheError
+from stratocache.cache.errors import StratocacheError, Unreachable
 from stratocache.fs import lio_switch, reflink
 from stratocache.fs.listener import group_id
 from stratocache.fs.losses import losses
@@ -432,6 +432,16 @@ def network_finding(name: str, configuration: Configuration) -> Finding:
     fault = web_certificate.fault(configuration) if api.tls else None
     if fault is not None:
         return Finding(name, Verdict.FAIL, fault, "Renew certificate and key, or correct [api].")
+    if api.client_ca_file is not None and api.client_crl_file is not None:
+        from stratocache.api.revocation import RevocationLists
+
+        try:
+            RevocationLists(api.client_crl_file, api.client_ca_file).require_usable()
+        except Unreachable as error:
+            return Finding(
+                name, Verdict.FAIL, error.message.rstrip("."),
+                "Until then nobody of that authority gets in by certificate.",
+            )  # fmt: skip
     status = read_status(RunDirectory(configuration.run_dir).supervisor_status)
     if status is not None:
         serving = status.children.get("web")

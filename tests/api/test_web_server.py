@@ -26,12 +26,15 @@ from support.network_client import (
 )
 
 from stratocache.api.doctor import Verdict, network_finding
+from stratocache.api.revocation import RevocationLists
 from stratocache.api.web_certificate import ensure_certificate, fingerprint
 from stratocache.cache.configuration import ApiSettings, Configuration
+from stratocache.cache.errors import Unreachable
 from stratocache.fs.accounts import account
 from stratocache.fs.login_ration import WRONG_PER_NAME, reserve_attempt
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database
+from stratocache.fs.tokens import create_token
 
 TIMEOUT_S = 60
 
@@ -66,7 +69,10 @@ def web(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Itera
         (root / name).mkdir(mode=0o700)
     api = ApiSettings(workers=1, threads=6, group="no-such-group")
     plain = Configuration(state_dir=root / "state", run_dir=root / "run", api=api)
-    with serving_network(with_network(plain, client_ca_file=authority.file)) as process:
+    revoked = authority.folder / "crl.pem"
+    revoked.write_bytes(authority.revoke())
+    changes = {"client_ca_file": authority.file, "client_crl_file": revoked}
+    with serving_network(with_network(plain, **changes)) as process:
         yield process
 
 
@@ -148,6 +154,102 @@ def test_certificate_of_a_user_is_a_log_in(
     stranger = Authority(authority.folder.parent / "another").issue("Jane Doe")
     with client(web, stranger) as user, pytest.raises(httpx.TransportError):
         user.get("/v1/session")
+
+
+def test_certificate_that_was_revoked_is_nobody(
+    web: WebProcess, db: Database, authority: Authority
+) -> None:
+    """From when the list is there a revoked certificate is refused, also on a connection that is open,
+    and no other; it is written down whose it was. Taken off the list it counts again."""
+    revoked, other = authority.issue("Ida"), authority.issue("Una")
+    for name in ("Ida", "Una"):
+        add_account(db, name.lower(), certificate_subject=f"CN={name},O=Example")
+    lists = authority.folder / "crl.pem"
+    with client(web, revoked) as user, client(web, other) as another:
+        assert user.get("/v1/session").json()["name"] == "ida"
+        replace(lists, authority.revoke(authority.issue("Gone"), revoked))
+        answer = user.get("/v1/session")
+        assert (answer.status_code, answer.json()["code"]) == (401, "certificate-revoked")
+        assert another.get("/v1/session").json()["name"] == "una"
+        token = make_token(db, "ida")
+        answer = user.get("/v1/session", headers={"Authorization": f"Bearer {token}"})
+        assert answer.json()["name"] == "ida"
+        replace(lists, authority.revoke())
+        assert user.get("/v1/session").json()["name"] == "ida"
+    row = db.row("SELECT user, status FROM audit ORDER BY number DESC LIMIT 1")
+    assert row is not None
+    assert tuple(row) == ("ida", 401)
+
+
+def test_nobody_gets_in_when_it_is_not_known_who_was_revoked(
+    web: WebProcess, db: Database, authority: Authority
+) -> None:
+    """A list that is over, missing, damaged, of another authority, signed by nobody known, or of
+    changes only refuses certificates, and says which file is to be mended; doctor says so too."""
+    files = authority.issue("Eva")
+    add_account(db, "eva", certificate_subject="CN=Eva,O=Example")
+    lists = authority.folder / "crl.pem"
+    another = Authority(authority.folder.parent / "third")
+    same_name = Authority(authority.folder.parent / "of the same" / authority.folder.name)
+    with client(web, files) as user:
+        for content, code in (
+            (authority.revoke(days=-1), "expired"), (b"", "unusable"),
+            (authority.revoke()[:200], "unusable"), (authority.file.read_bytes(), "unusable"),
+            (another.revoke(), "unusable"), (same_name.revoke(files), "unusable"),
+            (authority.revoke() + another.revoke(), "unusable"),
+            (authority.revoke(critical=True), "unusable"),
+        ):  # fmt: skip
+            replace(lists, content)
+            answer = user.get("/v1/session")
+            assert answer.status_code == 503
+            assert answer.json()["code"] == f"revocation-list-{code}"
+            assert str(lists) in answer.json()["detail"]
+            found = network_finding("network", web.configuration)
+            assert found.verdict is Verdict.FAIL
+            assert str(lists) in found.detail
+        lists.unlink()
+        assert user.get("/v1/session").json()["code"] == "revocation-list-unusable"
+        assert user.get("/healthz").status_code == 200
+        replace(lists, authority.revoke(days=-1) + authority.revoke())
+        assert user.get("/v1/session").json()["name"] == "eva"
+
+
+def test_each_authority_needs_a_list(
+    configuration: Configuration, authority: Authority, tmp_path: Path
+) -> None:
+    """Users of an authority without a list are refused, those of another one are not."""
+    another = Authority(tmp_path / "another")
+    bundle, lists = tmp_path / "both.pem", tmp_path / "crl.pem"
+    bundle.write_bytes(authority.file.read_bytes() + another.file.read_bytes())
+    lists.write_bytes(authority.revoke())
+    judge = RevocationLists(lists, bundle)
+    known, unknown = (
+        x509.load_pem_x509_certificate(item.issue("Fay")[0].read_bytes())
+        for item in (authority, another)
+    )
+
+    judge.require_valid(known)
+    for refuse in (judge.require_usable, lambda: judge.require_valid(unknown)):
+        with pytest.raises(Unreachable, match="CN=another: add") as refused:
+            refuse()
+        assert refused.value.code == "revocation-list-missing"
+    replace(lists, lists.read_bytes() + another.revoke())
+    judge.require_valid(unknown)
+    judge.require_usable()
+    with pytest.raises(ValueError, match="client_ca_file"):
+        ApiSettings.model_validate({"client_crl_file": lists})
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put a new file in the place of another, in one step."""
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
+def make_token(db: Database, name: str) -> str:
+    """Return a token of an account that may read."""
+    return create_token(db, Caller("root", "admin"), name, scopes=["read"])[1]
 
 
 def test_doctor_judges_what_is_served(

@@ -15,7 +15,7 @@ class Authority:
     """An authority with a folder for what it makes."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, folder.name)])
@@ -48,6 +48,27 @@ class Authority:
         files[0].write_bytes(certificate.public_bytes(Encoding.PEM))
         files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return files
+
+    def revoke(self, *files: tuple[Path, Path], days: float = 1, critical: bool = False) -> bytes:
+        """Return the list of certificates that were taken back, as PEM; it ends in `days`.
+
+        With `critical` it says that it is a list of changes only.
+        """
+        now = datetime.now(UTC)
+        draft = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self._name)
+            .last_update(now - timedelta(days=30))
+            .next_update(now + timedelta(days=days))
+        )
+        for certificate, _key in files:
+            serial = x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
+            draft = draft.add_revoked_certificate(
+                x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            )
+        if critical:
+            draft = draft.add_extension(x509.DeltaCRLIndicator(1), critical=True)
+        return draft.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     def fingerprint(self, files: tuple[Path, Path]) -> str:
         """Return the SHA-256 of a certificate, with colons, as OpenSSL writes it."""
