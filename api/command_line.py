@@ -27,6 +27,7 @@ _COMMANDS = {
     "serve": ("stratocache.api.serve_command", "Run the daemon."),
     "upgrade": ("stratocache.api.upgrade_command", "Let the daemon go on with this code."),
     "doctor": ("stratocache.api.doctor_command", "Check this host and say how to mend it."),
+    "overview": ("stratocache.api.overview_command", "How things are, on one page."),
     "launch": ("stratocache.api.launch_commands", "Prepare a reference's disks for a VM."),
     "halt": ("stratocache.api.launch_commands", "End a launch: detach everything."),
     "lease": ("stratocache.api.launch_commands", "Let an instance have its disks for longer."),
@@ -44,6 +45,8 @@ _COMMANDS = {
     "remote": ("stratocache.api.remote_commands", "Daemons of other hosts."),
     "completion": ("stratocache.api.completion_command", "Let a shell complete commands and ids."),
 }
+_ALIASES = {"status": "overview"}
+"""Names that people type first; not listed."""
 _EXIT_STATUSES = (
     "Exit status: 0 done, 1 failed otherwise, 2 usage, 3 not found, 4 conflict, 5 refused by "
     "policy, 6 not verified, 7 no space, 10 daemon not reachable."
@@ -59,6 +62,7 @@ class CommandLine(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command's module and return the command."""
+        cmd_name = _ALIASES.get(cmd_name, cmd_name)
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(_COMMANDS[cmd_name][0])

@@ -22,6 +22,11 @@ CELLS = 60
 _PERIOD_S = 10
 _LEVELS, _LEVELS_PLAIN = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _SHADES, _SHADES_PLAIN = "·░▒▓█", ".-+*#"
+_SIGNS = {
+    "images": "█#", "disks": "▓=", "stage": "▒+", "quarantine": "!!", "other": "░-",
+    "reserve": "::", "free": "·.",
+}  # fmt: skip
+"""With blocks and without."""
 _NAME_WIDTH = 15
 
 
@@ -47,6 +52,27 @@ def bar_map(shares: Sequence[float], *, blocks: bool = True) -> str:
         ]
         for share in shares
     )
+
+
+def stacked_line(parts: Sequence[tuple[str, int]]) -> list[tuple[str, str]]:
+    """Return a bar of parts side by side: the signs of each, with its kind.
+
+    Parts are given by kind and size; whatever there is of one is seen.
+    """
+    whole = sum(size for _kind, size in parts)
+    shown = [(kind, size) for kind, size in parts if size > 0]
+    spare = CELLS - len(shown)
+    ends, below = [], 0
+    for _kind, size in shown:
+        below += size
+        ends.append(spare * below // whole)
+    widths = [1 + end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return [(sign_of(kind) * width, kind) for (kind, _), width in zip(shown, widths, strict=True)]
+
+
+def sign_of(kind: str) -> str:
+    """Return the sign of a kind of space in a bar: each has its own, for who sees no colours."""
+    return _SIGNS[kind][0 if _blocks() else 1]
 
 
 def periods(history: "Sequence[Document]", field: str) -> list[float]:

@@ -5,7 +5,8 @@ import falcon
 from stratocache.api import answers
 from stratocache.api.pages.pictures import Segment, meter, sparkline, stacked_bar
 from stratocache.api.pages.rendering import Pages
-from stratocache.api.resources.overview import OverviewSpace, ProblemView, overview_of
+from stratocache.api.resources.overview import ProblemView, overview_of
+from stratocache.api.space_parts import space_parts
 from stratocache.fs.host_traffic import PERIOD_S, recent_traffic
 
 _EVENTS_MAX = 10
@@ -29,7 +30,7 @@ class OverviewPage:
         service, caller = self._pages.service, answers.caller(request)
         view = overview_of(service, caller)
         values = recent_traffic(service.db, _TRAFFIC_PERIODS)
-        segments = space_segments(view.space)
+        segments = [Segment(*part) for part in space_parts(view.space.model_dump())]
         space = view.space
         self._pages.show(
             request, response, "overview", busy=bool(view.operations),
@@ -47,28 +48,6 @@ class OverviewPage:
                 f"Bytes fetched in each {PERIOD_S} seconds of the last hour", values
             ),
         )  # fmt: skip
-
-
-def space_segments(space: OverviewSpace) -> list[Segment]:
-    """Return what takes the space of the file system, without overlaps, as far as that is known."""
-    ours = [
-        Segment("Images and snapshots", space.chunk_bytes + space.manifest_bytes, "images"),
-        Segment("Disks", space.disk_allocated_bytes, "disks"),
-        Segment("On its way", space.stage_bytes, "stage"),
-        Segment("Quarantine", space.quarantine_bytes, "quarantine"),
-    ]
-    kept = [
-        segment for segment in ours if segment.size_bytes or segment.kind in ("images", "disks")
-    ]
-    used_bytes = space.total_bytes - space.free_bytes
-    other_bytes = max(0, used_bytes - sum(segment.size_bytes for segment in ours))
-    reserve_bytes = min(space.reserve_bytes, space.free_bytes)
-    return [
-        *kept,
-        Segment("Others on this file system", other_bytes, "other"),
-        Segment("Reserve for disks", reserve_bytes, "reserve"),
-        Segment("Free", space.free_bytes - reserve_bytes, "free"),
-    ]
 
 
 def _address(problem: ProblemView) -> str:
