@@ -18,7 +18,7 @@ from stratocache.cache.errors import NotVerified, StratocacheError
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.traffic import ReadCounts
 
-_READ_AHEAD_CHUNKS = 4
+_READ_AHEAD_CHUNKS = 8
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 
 
@@ -47,6 +47,8 @@ class ImageReader:
         self._zero = zero_digest(CHUNK_BYTES)
         last = manifest.chunk_count - 1
         self._zero_last = last if last >= 0 and manifest.is_zero(last) else -1
+        self._begun = self._asked = -2
+        """The chunk whose beginning was read last, and the last that the kernel was asked for."""
 
     @property
     def manifest(self) -> Manifest:
@@ -86,14 +88,14 @@ class ImageReader:
         index, start = divmod(offset, CHUNK_BYTES)
         if start + size > CHUNK_BYTES:
             return self._read_pieces_nowait(offset, size)
+        if start == 0:
+            self._read_ahead(index)
         digest = self.chunk(index)
         if digest is None:
             return _ZERO_CHUNK if size == CHUNK_BYTES else bytes(size)
         descriptor = self._chunks.opened(digest)
         if descriptor is None:
             return None
-        if start == 0:
-            self._read_ahead(index)
         data = self._pread(digest, descriptor, size, start)
         if data is not None:
             self.counts.hits += 1
@@ -111,13 +113,20 @@ class ImageReader:
         return None
 
     def _read_ahead(self, index: int) -> None:
-        """Ask the kernel for the chunks behind one: its own read-ahead ends with each file."""
+        """Ask the kernel for the chunks behind one that is begun in order, for each once: its own
+        read-ahead ends with each file."""
+        in_order = self._begun <= index <= self._begun + 1
+        self._begun = index
+        if not in_order:
+            self._asked = index
+            return
         last = min(index + _READ_AHEAD_CHUNKS, self.manifest.chunk_count - 1)
-        for ahead in range(index + 1, last + 1):
+        for ahead in range(max(index, self._asked) + 1, last + 1):
             digest = self.chunk(ahead)
             descriptor = None if digest is None else self._chunks.opened(digest)
             if descriptor is not None:
                 os.posix_fadvise(descriptor, 0, CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
+        self._asked = last
 
     def _read_pieces_nowait(self, offset: int, size: int) -> bytearray | None:
         # One buffer that preadv fills, rather than pieces that a join copies again.
@@ -126,6 +135,8 @@ class ImageReader:
         hits = hit_bytes = 0
         for piece_offset, piece_size in _pieces(offset, size):
             index, start = divmod(piece_offset, CHUNK_BYTES)
+            if start == 0:
+                self._read_ahead(index)
             digest = self.chunk(index)
             if digest is not None:
                 descriptor = self._chunks.opened(digest)

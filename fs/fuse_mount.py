@@ -35,11 +35,15 @@ _BACKGROUND_MAX = 1024
 """Reads ahead at a time of all images together. The kernel's own 12 are soon used up by images whose
 origin says nothing, and then no other image's pages are read."""
 _MAX_READ_BYTES = 1024**2
+_READ_AHEAD_BYTES = 1024**2
+"""What the kernel reads ahead of whoever reads in order. Its own 128 KiB make each request as small,
+and a request costs more than its bytes."""
 _READ_BUFFER_BYTES = 64 * 1024  # fuse.h wants FUSE_MIN_READ_BUFFER = 8192 at least
 _FUSE_INIT = 26
 _HEADER = struct.Struct("<II")  # of struct fuse_in_header: len, opcode
 _HEADER_BYTES = 40
 _INIT_FLAGS = struct.Struct("<IIIII")  # struct fuse_init_in: major, minor, readahead, flags, flags2
+_INIT_READ_AHEAD = _HEADER_BYTES + 8
 _INIT_EXT = 1 << 30
 _HAS_RESEND = 1 << (39 - 32)  # in flags2
 _OUT_HEADER = struct.Struct("<IiQ")  # struct fuse_out_header: len, error, unique
@@ -174,14 +178,16 @@ def _call_mount(mount_point: Path, fstype: str, flags: int, options: str) -> Non
 
 
 def _widen(mount_point: Path) -> None:
-    """Let more than a few reads ahead be under way at once; without that all works, but slower
-    when an origin is dead."""
+    """Let more and longer reads ahead be under way at once; without that all works, but slower,
+    and when an origin is dead others wait for it."""
     control = mount_point.with_name("fusectl")
     try:
         control.mkdir(mode=0o700, exist_ok=True)
         _call_mount(control, "fusectl", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
         try:
             device = _mounts_at(mount_point)[-1].device
+            read_ahead = Path("/sys/class/bdi", device, "read_ahead_kb")
+            read_ahead.write_text(str(_READ_AHEAD_BYTES // 1024))
             folder = control / device.rpartition(":")[2]
             (folder / "max_background").write_text(str(_BACKGROUND_MAX))
             (folder / "congestion_threshold").write_text(str(_BACKGROUND_MAX * 3 // 4))
@@ -189,7 +195,7 @@ def _widen(mount_point: Path) -> None:
             unmount(control)
             control.rmdir()
     except (OSError, IndexError) as error:
-        log.warning("reads of images may wait for each other: %s", error)
+        log.warning("reads of images are slower, and may wait for each other: %s", error)
 
 
 @dataclass(frozen=True)
@@ -218,15 +224,17 @@ def _mounts_at(mount_point: Path) -> list[_Mounted]:
 
 
 def _keep_init(descriptor: int, init_file: Path) -> None:
-    request = os.read(descriptor, _READ_BUFFER_BYTES)
+    request = bytearray(os.read(descriptor, _READ_BUFFER_BYTES))
     _require_init(request)
+    # libfuse answers with what was asked for, and the kernel takes the lesser of that and `_widen`
+    struct.pack_into("<I", request, _INIT_READ_AHEAD, _READ_AHEAD_BYTES)
     partial = init_file.with_name(init_file.name + ".new")
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(request)
     partial.rename(init_file)
 
 
-def _require_init(request: bytes) -> None:
+def _require_init(request: bytes | bytearray) -> None:
     if len(request) < _HEADER_BYTES or _HEADER.unpack_from(request) != (len(request), _FUSE_INIT):
         raise Internal("fuse-unavailable", "The kernel did not begin with FUSE_INIT.")
 

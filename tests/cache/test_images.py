@@ -71,6 +71,41 @@ def test_nothing_is_read_before_it_is_verified(images: ImageStore, chunks: Chunk
     assert reader.read_nowait(CHUNK_BYTES - 1, 2) is None
 
 
+def test_who_reads_in_order_is_read_ahead_of(
+    images: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel is asked for each chunk once before one that reads in order comes to it, over chunks
+    of zeros too, in small reads and in such over borders; for nothing when reads are scattered."""
+    count = 14
+    data = bytearray(_data("ahead", count * CHUNK_BYTES))
+    data[4 * CHUNK_BYTES : 5 * CHUNK_BYTES] = bytes(CHUNK_BYTES)
+    _publish(images, "one", bytes(data))
+    asked: list[int] = []
+
+    def advise(descriptor: int, *_: int) -> None:
+        asked.append(descriptor)
+
+    for size in (CHUNK_BYTES // 4, 2 * CHUNK_BYTES):
+        reader = images.reader("one")
+        assert reader.read_blocking(0, len(data)) == data
+        descriptors = [reader.open_chunk(index) for index in range(count)]
+        stored = {int(found): at for at, found in enumerate(descriptors) if found is not None}
+        with monkeypatch.context() as patched:
+            patched.setattr("os.posix_fadvise", advise)
+            for offset in range(0, len(data), size):
+                ahead = [stored[descriptor] for descriptor in asked]
+                assert all(at in ahead for at in stored.values() if 1 < at < offset // CHUNK_BYTES)
+                assert reader.read_nowait(offset, size) == data[offset : offset + size]
+            assert sorted(stored[descriptor] for descriptor in asked) == [
+                at for at in stored.values() if at > 1
+            ]
+            asked.clear()
+            for index in (9, 3, 11, 6, 1, 12, 7):
+                reader.read_nowait(index * CHUNK_BYTES, 4096)
+            assert asked == []
+        del reader
+
+
 def test_a_chunk_that_many_wait_for_is_hashed_once(images: ImageStore, chunks: ChunkStore) -> None:
     """Twenty readers of one cold chunk cause one verification."""
     image = _image()

@@ -127,7 +127,7 @@ def test_server_that_dies_before_its_first_answer_harms_nobody(connection: Conne
 
 
 def test_init_request_is_kept_privately(connection: Connection) -> None:
-    """The recorded request is FUSE_INIT as the kernel sent it, readable by root only."""
+    """The recorded request is the kernel's FUSE_INIT, readable by root only."""
     request = connection.directory.init_request.read_bytes()
     length, opcode = struct.unpack_from("<II", request)
 
@@ -135,6 +135,17 @@ def test_init_request_is_kept_privately(connection: Connection) -> None:
     assert stat.S_IMODE(connection.directory.init_request.stat().st_mode) == 0o600
     release = tuple(map(int, os.uname().release.split(".")[:2]))
     assert connection.mount.can_resend == (release >= (6, 9))
+
+
+def test_kernel_reads_far_ahead(connection: Connection) -> None:
+    """Whoever serves, the kernel asks for a mebibyte at a time from who reads in order."""
+    for _ in range(2):
+        server = connection.serve()
+        device = connection.directory.blocks.stat().st_dev
+        bdi = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+        assert bdi.read_text() == "1024\n"
+        server.kill()
+        server.wait()
 
 
 def test_modes_are_enforced_by_the_kernel(connection: Connection) -> None:
