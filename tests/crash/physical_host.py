@@ -6,6 +6,7 @@ Minutes of software emulation, so only `make crash` names this file; `tests/vm` 
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -193,7 +194,7 @@ def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
     device = host.command(f"disk attach {uuid} --instance here --open-iscsi")["device"]
     initiator = host.initiator(host.command(f"disk attach {other} --instance elsewhere"))
     host.call(inside.start_writing, device)
-    with Guest(initiator, _ROUNDS_TIMEOUT_S) as guest, BusyGuest(guest) as busy:
+    with _logged_in(host, initiator) as guest, BusyGuest(guest) as busy:
         for victims in ROUNDS * DEATHS[host.backend]:
             _more_rounds(host, device)
             host.call(inside.pause, device)
@@ -216,6 +217,17 @@ def test_deaths_are_pauses(iscsid: Host, form: str) -> None:
     host.command(f"disk detach {other}")
     for gone in (uuid, other):
         host.command(f"disk rm {gone}")
+
+
+@contextmanager
+def _logged_in(host: Host, initiator: Initiator) -> Iterator[Guest]:
+    try:
+        guest = Guest(initiator, _ROUNDS_TIMEOUT_S)
+    except AssertionError as error:
+        kernel = host.guest.run("sh", "-c", "dmesg | tail -n 40")
+        raise AssertionError(f"{error}\n{kernel}\n{host.call(inside.log, host.backend)}") from None
+    with guest:
+        yield guest
 
 
 def _more_rounds(host: Host, device: str) -> None:

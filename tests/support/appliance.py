@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from support.service_manager import ServiceManager
+
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
 
@@ -60,6 +62,8 @@ class Appliance:
         self.log = root / "serve.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
+        self.manager: ServiceManager | None = None
+        """Who keeps descriptors for it, as systemd does."""
         root.mkdir(parents=True, exist_ok=True)
         self.configuration.write_text(
             f'state_dir = "{self.state_dir}"\n'
@@ -79,12 +83,15 @@ class Appliance:
 
     def start(self) -> None:
         """Start the appliance and return when it says that it is ready."""
+        environment = {**os.environ, **self.environment}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command("serve"), stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, **self.environment},
-            )  # fmt: skip
+            if self.manager is not None:
+                self.process = self.manager.start(self.command("serve"), environment, log)
+            else:
+                self.process = subprocess.Popen(
+                    self.command("serve"), stdout=log, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
+                )  # fmt: skip
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.ready():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -20,6 +20,7 @@ from support import appliance as appliances
 from support.appliance import Appliance
 from support.kernel_guest import DATA
 from support.lio_guest import PORT
+from support.service_manager import ServiceManager
 
 INITIATOR = "iqn.1993-08.org.debian:01:kernel-guest"
 COMMANDS = Path("/run/iscsiadm.log")
@@ -97,7 +98,11 @@ def initiator_state() -> str:
 
 
 def start_appliance(backend: str, endpoint: str, fingerprint: str) -> None:
-    """Start `stratocache serve` with a back end; it listens on every address of the guest."""
+    """Start `stratocache serve` with a back end; it listens on every address of the guest.
+
+    With LIO under a service manager: the kernel goes on when everything of ours is killed, and would
+    tell initiators of the end of the FUSE connection.
+    """
     os.environ |= {
         "STRATOCACHE_ISCSI__BACKEND": backend,
         "STRATOCACHE_ISCSI__ADDRESS": "0.0.0.0",
@@ -107,13 +112,19 @@ def start_appliance(backend: str, endpoint: str, fingerprint: str) -> None:
     appliances.START_TIMEOUT_S = int(_TIMEOUT_S)
     appliances.STOP_TIMEOUT_S = int(_TIMEOUT_S)
     new = Appliance(DATA / backend, endpoint=endpoint, fingerprint=fingerprint)
+    if backend == "lio":
+        new.manager = ServiceManager(DATA / "notify")
+        new.manager.__enter__()
     new.start()
     _running[backend] = new
 
 
 def stop_appliance(backend: str) -> None:
     """Stop it, in order."""
-    _running.pop(backend).stop()
+    appliance = _running.pop(backend)
+    appliance.stop()
+    if appliance.manager is not None:
+        appliance.manager.__exit__()
 
 
 def kill(backend: str, *victims: str) -> None:
