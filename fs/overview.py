@@ -124,7 +124,7 @@ def _by(db: Database, table: str, column: str, condition: Condition) -> dict[str
 def _select(columns: str, table: str, db: Database, condition: Condition) -> list[Any]:
     return db.rows(
         f"SELECT {columns} FROM {table} WHERE problem IS NOT NULL AND {condition.text} "  # nosec B608 # no value in it
-        "ORDER BY number LIMIT ?",
+        "ORDER BY +number LIMIT ?",  # by the index of problems: there are few
         *condition.values,
         _PROBLEMS_MAX,
     )

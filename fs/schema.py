@@ -527,4 +527,10 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE sessions ADD COLUMN used_at TEXT NOT NULL DEFAULT '';
     UPDATE sessions SET used_at = created_at;
     """,
+    """
+    -- for counts of what is there, and of what one may see: fs.overview
+    CREATE INDEX disks_by_state ON disks (state);
+    CREATE INDEX disks_public ON disks (visibility) WHERE visibility = 'public';
+    CREATE INDEX snapshots_by_state ON snapshots (state, transient);
+    """,
 )

@@ -8,7 +8,7 @@ to them takes new space.
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +17,13 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import NoSpace
 from stratocache.cache.space import no_space
 from stratocache.fs import inventory, records, reflink
-from stratocache.fs.records import Attachment, Caller, Disk, Image
+from stratocache.fs.records import Attachment, Disk, Image
 from stratocache.fs.state import Database
 
 _SECTOR_BYTES = 512  # stat(2), st_blocks
 _SNAPSHOTS = "snapshots"
 _UNFINISHED = ("stage", "transfers")
-_EVERYBODY = Caller("space", "admin")
+_SIZED = "SELECT uuid, size_bytes, form, base_image, base_snapshot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +70,17 @@ class ImageHolding:
 
 
 def account(configuration: Configuration, db: Database) -> SpaceAccount:
-    """Count everything: a few `stat` calls per disk, one query for all chunks."""
+    """Count everything: the files of each disk, one query for all chunks."""
     state_dir = configuration.state_dir
     total_bytes, free_bytes = file_system(state_dir)
     available_bytes = available(configuration, free_bytes)
     promised_bytes = allocated_bytes = size_bytes = 0
     bases = _bases(configuration, db)
-    for disk in inventory.disks(db, _EVERYBODY):
+    for disk in db.rows(f"{_SIZED} FROM disks"):
         own_bytes, taken_bytes = _taken(state_dir, disk, bases)
         allocated_bytes += taken_bytes
-        size_bytes += disk.size_bytes
-        promised_bytes += max(0, disk.size_bytes - own_bytes)
+        size_bytes += disk["size_bytes"]
+        promised_bytes += max(0, disk["size_bytes"] - own_bytes)
     return SpaceAccount(
         total_bytes=total_bytes,
         free_bytes=free_bytes,
@@ -122,11 +122,9 @@ def admit(configuration: Configuration, db: Database, uuid: str, size_bytes: int
     if others[0] + size_bytes <= limit_bytes:
         return  # also if nobody had a byte of his own yet: no file needs to be looked at
     bases = _bases(configuration, db)
-    names = {row["uuid"] for row in db.rows(f"SELECT uuid {earlier}", uuid)}
     promised_bytes = sum(
-        max(0, disk.size_bytes - _taken(configuration.state_dir, disk, bases)[0])
-        for disk in inventory.disks(db, _EVERYBODY)
-        if disk.uuid in names
+        max(0, disk["size_bytes"] - _taken(configuration.state_dir, disk, bases)[0])
+        for disk in db.rows(f"{_SIZED} {earlier}", uuid)
     )
     if promised_bytes + size_bytes > limit_bytes:
         raise NoSpace(
@@ -211,24 +209,38 @@ def _shares_extents(state_dir: Path) -> bool:
 
 def taken_bytes(configuration: Configuration, disk: Disk) -> int:
     """Return what the files of a disk and of its snapshots take."""
-    return _taken(configuration.state_dir, disk, {})[1]
+    return sum(_disk_bytes(_directory(configuration.state_dir, disk.uuid)))
 
 
-def _taken(state_dir: Path, disk: Disk, bases: dict[str | None, int]) -> tuple[int, int]:
+def _taken(state_dir: Path, disk: sqlite3.Row, bases: dict[str | None, int]) -> tuple[int, int]:
     """Return the bytes that are a disk's own, and those that its files take."""
-    directory = state_dir / "disks" / disk.uuid
-    own_bytes = taken_bytes = _directory_bytes(directory)
-    snapshots_bytes = _directory_bytes(directory / _SNAPSHOTS)
+    own_bytes, snapshots_bytes = _disk_bytes(_directory(state_dir, disk["uuid"]))
     if snapshots_bytes:
         # all of it may be shared with the snapshots
-        return 0, taken_bytes + snapshots_bytes
-    if disk.form == "raw":
-        shared_bytes = max(bases.get(disk.base_image, 0), bases.get(disk.base_snapshot, 0))
-        own_bytes = max(0, taken_bytes - shared_bytes)
-    return own_bytes, taken_bytes
+        return 0, own_bytes + snapshots_bytes
+    if disk["form"] == "raw":
+        shared_bytes = max(bases.get(disk["base_image"], 0), bases.get(disk["base_snapshot"], 0))
+        return max(0, own_bytes - shared_bytes), own_bytes
+    return own_bytes, own_bytes
 
 
-def _directory_bytes(directory: Path) -> int:
+def _directory(state_dir: Path, uuid: str) -> str:
+    return f"{state_dir}/disks/{uuid}"  # text: there may be tens of thousands
+
+
+def _disk_bytes(directory: str) -> tuple[int, int]:
+    """Return what the files of a disk take, and those of its snapshots."""
+    disk_bytes = snapshots_bytes = 0
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                disk_bytes += entry.stat(follow_symlinks=False).st_blocks * _SECTOR_BYTES
+            elif entry.name == _SNAPSHOTS:
+                snapshots_bytes = _directory_bytes(entry.path)
+    return disk_bytes, snapshots_bytes
+
+
+def _directory_bytes(directory: str) -> int:
     """Return what the files right in a directory take; one that is going has none."""
     try:
         with os.scandir(directory) as entries:
@@ -242,7 +254,7 @@ def _directory_bytes(directory: Path) -> int:
 
 
 def _tree_bytes(directory: Path) -> int:
-    return sum(_directory_bytes(Path(found)) for found in _directories(directory))
+    return sum(_directory_bytes(found) for found in _directories(directory))
 
 
 def _directories(directory: Path) -> Iterator[str]:
