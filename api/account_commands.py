@@ -85,7 +85,7 @@ def create(
     body = {"name": name, "role": role, "enabled": not disabled, **_given(fields)}
     if password is not None:
         body["password"] = _read_password(password, "Password", twice=True)
-    document = session.client.post("/v1/accounts", body)
+    document = session.client.post_secret("/v1/accounts", body)
     session.show(document, f"Account {name} is created ({role}).")
 
 
@@ -226,7 +226,7 @@ def create_token(
     }
     if valid_days is not None:
         body["expires_in_s"] = valid_days * _DAY_S
-    document = session.client.post(f"{_path(name)}/tokens", body)
+    document = session.client.post_secret(f"{_path(name)}/tokens", body)
     session.show(document, document["token"])
 
 

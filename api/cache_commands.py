@@ -11,7 +11,7 @@ from stratocache.api.completion import IMAGE
 from stratocache.api.examples import examples
 from stratocache.api.session import Session, SizeType, json_option, plain
 from stratocache.api.sizes import format_size
-from stratocache.api.watch import watch_option
+from stratocache.api.watch import is_watched, watch_option
 
 if TYPE_CHECKING:
     from stratocache.api.client import Document
@@ -95,6 +95,8 @@ def plan(context: click.Context, offline: bool, fix: bool) -> None:
     session = context.ensure_object(Session)
     if fix and not offline:
         raise click.UsageError("--fix goes with --offline.", context)
+    if fix and is_watched(context):
+        raise click.UsageError("--fix mends once and --watch would repeat it: mend first.", context)
     if offline:
         context.exit(_plan_offline(session, fix=fix))
     document = session.client.get("/v1/cache/plan")

@@ -28,6 +28,12 @@ _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"  # another screen, no cursor, long lines
 _LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 _HEAD_LINES = 2
+_WATCHED = __name__
+
+
+def is_watched(context: click.Context) -> bool:
+    """Tell whether a command was called with `--watch`."""
+    return bool(context.meta.get(_WATCHED))
 
 
 def watch_option(command: Command) -> Command:
@@ -37,7 +43,9 @@ def watch_option(command: Command) -> Command:
     def run(*arguments: Any, watch: bool, interval_s: float, **options: Any) -> Any:
         if not watch:
             return command(*arguments, **options)
-        session = click.get_current_context().ensure_object(Session)
+        context = click.get_current_context()
+        context.meta[_WATCHED] = True
+        session = context.ensure_object(Session)
         return _follow(session, lambda: command(*arguments, **options), interval_s)
 
     options = (

@@ -5,12 +5,13 @@ import json
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.api_daemon import ROOT, Api, end_badly, insert_disk, serving, standing_in
+from support.relay import Limit, relay
 
 from stratocache.api.client import Client
 from stratocache.api.problem import document_of
@@ -155,3 +156,125 @@ def test_failed_operation_is_raised(configuration: Configuration, api: Api) -> N
             client.follow(document, lambda _done, _total: None)
 
     assert caught.value.to_record() == record
+
+
+class Cutting:
+    """A server on a Unix socket that takes requests and hangs up on the first of them, when it has
+    begun to answer."""
+
+    def __init__(self, path: Path, cuts: int, begun_bytes: int) -> None:
+        self.requests: list[bytes] = []
+        self._cuts = cuts
+        self._begun_bytes = begun_bytes
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(8)
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(60)
+                found = b""
+                while b"\r\n\r\n" not in found or not (
+                    found.endswith(b"}") or b"Content-Length" not in found
+                ):
+                    found += connection.recv(65536)
+                self.requests.append(found)
+                answer = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"done": 1}'
+                if len(self.requests) > self._cuts:
+                    connection.sendall(answer)
+                else:
+                    connection.sendall(answer[: self._begun_bytes])
+
+    def close(self) -> None:
+        """Serve nobody any more."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def keys(self) -> list[str]:
+        """Return the idempotency keys of the requests."""
+        return [
+            line.partition(b": ")[2].decode()
+            for request in self.requests
+            for line in request.split(b"\r\n")
+            if line.startswith(b"Idempotency-Key: ")
+        ]
+
+
+@contextmanager
+def cutting(path: Path, cuts: int, begun_bytes: int = 0) -> Iterator[Cutting]:
+    """Run a server that cuts connections until the end of the block."""
+    server = Cutting(path, cuts, begun_bytes)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("begun_bytes", [0, 6, 15, 19, 40, 48])
+def test_request_whose_connection_is_cut_is_sent_again(tmp_path: Path, begun_bytes: int) -> None:
+    """Once, whether the answer had begun or not, in its head or later; a POST with the same key, each POST with its own."""
+    path = tmp_path / "s"
+    for method in ("get", "put", "delete", "post"):
+        with cutting(path, 1, begun_bytes) as server:
+            client = Client(path)
+            body = {"a": 1}
+            found = (
+                client.post("/v1/x", body, wait=0) if method == "post"
+                else client.put("/v1/x", body) if method == "put"
+                else getattr(client, method)("/v1/x")
+            )  # fmt: skip
+            assert found == {"done": 1}
+            first, second = server.requests
+            assert first == second
+            assert len(set(server.keys())) == (method == "post")
+            client.post("/v1/x", body)
+            assert len(set(server.keys())) == 1 + (method == "post")
+        path.unlink()
+
+
+def test_request_is_sent_twice_at_most(tmp_path: Path) -> None:
+    """When the second connection is cut too it is an error; what must not be done twice, as its
+    answer has a secret or it depends on what was, is sent once."""
+    requests: list[tuple[Callable[[Client], object], int]] = [
+        (lambda client: client.post("/v1/x", {}), 2), (lambda client: client.get("/v1/x"), 2),
+        (lambda client: client.post_secret("/v1/x", {}), 1),
+        (lambda client: client.patch("/v1/x", {}), 1),
+    ]  # fmt: skip
+    for number, (send, count) in enumerate(requests):
+        path = tmp_path / str(number)
+        with cutting(path, 9) as server:
+            with pytest.raises(errors.Unreachable) as caught:
+                send(Client(path))
+            assert caught.value.code == "daemon-unreachable"
+        assert len(server.requests) == count
+
+
+def test_command_that_a_dying_process_took_is_carried_out_once(
+    configuration: Configuration, api: Api, tmp_path: Path
+) -> None:
+    """The answer to a POST is lost on its way, and the thing is there once; one that is deleted is
+    gone, though the second who asks finds nothing."""
+    with (
+        serving(configuration),
+        standing_in(api.db),
+        relay(tmp_path / "r", configuration.api_socket) as between,
+    ):
+        client = Client(between.path)
+        between.limits.append(Limit("down", 20))
+        made = client.post("/v1/disks", {"size_bytes": 2**20}, wait=20)
+        assert [disk["uuid"] for disk in client.items("/v1/disks", "disks")] == [made["uuid"]]
+        between.limits.append(Limit("down", 20))
+        client.delete(f"/v1/disks/{made['uuid']}", wait=20)
+        assert client.items("/v1/disks", "disks") == []
+        with pytest.raises(errors.NotFound):
+            client.delete(f"/v1/disks/{made['uuid']}")
+    keys = api.db.rows("SELECT state FROM idempotency_keys")
+    assert [row["state"] for row in keys] == ["done"]

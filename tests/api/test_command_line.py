@@ -94,6 +94,7 @@ def test_every_command_has_help(group: list[str]) -> None:
         ["disk", "create", "--size", "big"],
         ["disk", "create", "--kind", "floppy"],
         ["disk", "set", "x"],
+        ["cache", "plan", "--offline", "--fix", "--watch"],
         ["launch", "REF"],
         ["launch", "REF", "--instance", "x", "--print", "csv"],
         ["--colour", "disk", "ls"],
