@@ -1,14 +1,12 @@
 """The HTTP API as a WSGI application."""
 
 from collections.abc import Callable
-from typing import TypeAlias
-
-import falcon
 
 from stratocache.api.audit import AuditMiddleware
 from stratocache.api.authentication import Authentication
 from stratocache.api.authorisation import Authorisation, require_rules
 from stratocache.api.conditional import Conditional
+from stratocache.api.head_requests import App, HeadRequests
 from stratocache.api.idempotency import Idempotency
 from stratocache.api.login import Login
 from stratocache.api.openapi import OpenApi
@@ -67,8 +65,6 @@ from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.shared_images import SharedImages
 from stratocache.fs.state import Database
 
-App: TypeAlias = falcon.App[falcon.Request, falcon.Response]
-
 
 def create_app(
     configuration: Configuration,
@@ -83,7 +79,7 @@ def create_app(
     """
     service = Service(configuration, db, is_ending)
     requests = requests or RequestCounts(RunDirectory(configuration.run_dir).counts)
-    app = falcon.App()
+    app = App()
     app.add_middleware(SecurityHeaders())
     app.add_middleware(RequestLog())
     app.add_middleware(requests)
@@ -91,6 +87,7 @@ def create_app(
     app.add_middleware(RateLimit(configuration.api))
     app.add_middleware(Authentication(configuration.api, db))
     app.add_middleware(Authorisation(db))
+    app.add_middleware(HeadRequests())
     app.add_middleware(Conditional())
     app.add_middleware(Idempotency(app, db))
     app.req_options.strip_url_path_trailing_slash = True

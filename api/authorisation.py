@@ -1,6 +1,6 @@
 """Who may do what: one row for each route and method, and the middleware that goes by it.
 
-A row says which scope a token needs, which role its owner, and what the caller must be allowed of
+HEAD has GET's row. A row says which scope a token needs, which role its owner, and what the caller must be allowed of
 the object that the address names. Whatever has no row is not served: `create_app` refuses to start.
 What a list shows, and what else a body names, is decided in `stratocache.fs`, which judges all of
 this again within its transactions.
@@ -92,10 +92,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("PATCH", _DISK): Rule("disks", object="disk-own", action="disk.change"),
     ("DELETE", _DISK): Rule("disks", object="disk-own", action="disk.delete"),
     ("GET", _DISK + "/content"): Rule("read", object="disk-read"),
-    ("HEAD", _DISK + "/content"): Rule("read", object="disk-read"),
     ("PUT", _DISK + "/content"): Rule("disks", object="disk-write", action="disk.upload"),
     ("GET", _DISK + "/content/upload"): Rule("read", object="disk-write"),
-    ("HEAD", _DISK + "/content/upload"): Rule("read", object="disk-write"),
     ("DELETE", _DISK + "/content/upload"): Rule(
         "disks", object="disk-write", action="disk.upload-abandon"
     ),
@@ -184,13 +182,14 @@ def allows(caller: Caller | None, method: str, template: str) -> bool:
 
 
 def rule_of(method: str, template: str | None) -> Rule | None:
-    """Return the row of a route; None for methods that the route does not take."""
-    return RULES.get((method, template or ""))
+    """Return the row of a route; None for methods that the route does not take. HEAD is as GET."""
+    return RULES.get((_as_in_table(method), template or ""))
 
 
 def find_route(method: str, path: str) -> tuple[str, dict[str, str]] | None:
     """Return the template that an address matches, with its parameters: for what is refused before
     it is routed."""
+    method = _as_in_table(method)
     for (known, template), pattern in _PATTERNS.items():
         found = pattern.fullmatch(path) if known == method else None
         if found is not None:
@@ -200,7 +199,12 @@ def find_route(method: str, path: str) -> tuple[str, dict[str, str]] | None:
 
 def is_open(method: str, path: str) -> bool:
     """Tell whether strangers may send this."""
+    method = _as_in_table(method)
     return any(known == method and pattern.fullmatch(path) for known, pattern in _OPEN_PATTERNS)
+
+
+def _as_in_table(method: str) -> str:
+    return "GET" if method == "HEAD" else method
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -223,7 +227,7 @@ _OPEN_PATTERNS = [
 def require_rules(app: falcon.App[falcon.Request, falcon.Response]) -> None:
     """Raise `Internal` (`route-without-rule`) unless every route has a row, and every row a route."""
     routes = {
-        (method.method, route.path)
+        (_as_in_table(method.method), route.path)
         for route in falcon.inspect.inspect_routes(app)
         for method in route.methods
         if not method.internal

@@ -5,6 +5,8 @@ from typing import Any
 
 import falcon
 
+from stratocache.api.head_requests import close_stream
+
 _ANSWERED = (200, 206)
 
 
@@ -27,10 +29,7 @@ class Conditional:
         response.status = 304
         response.data = None
         if response.stream is not None:
-            close = getattr(response.stream, "close", None)
-            if close is not None:
-                close()
-            response.stream = None
+            close_stream(response)
         for name in ("Content-Type", "Content-Length", "Content-Range", "Content-Disposition"):
             response.delete_header(name)
 

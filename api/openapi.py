@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from stratocache import __version__
-from stratocache.api.authorisation import RULES, Rule
+from stratocache.api.authorisation import Rule, rule_of
 from stratocache.api.problem import MEDIA_TYPE
 from stratocache.api.representations import Representation
 from stratocache.api.route_table import ROUTES, Content, PageOf, Route, Schema
@@ -70,14 +70,15 @@ def document() -> Schema:
     schemas, references = _schemas()
     paths: dict[str, Schema] = {}
     for (method, template), route in ROUTES.items():
-        shown = _operation(method, template, route, RULES.get((method, template)), references)
+        shown = _operation(method, template, route, rule_of(method, template), references)
         paths.setdefault(template, {})[method.lower()] = shown
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Stratocache",
             "version": __version__,
-            "description": "Cached VM images and persistent disks of one host.",
+            "description": "Cached VM images and persistent disks of one host. "
+            "HEAD is answered wherever GET is.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,

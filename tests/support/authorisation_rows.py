@@ -1,5 +1,5 @@
 """Who may do what, written down a second time: for each route and method what each role gets of each
-object, and which scope its token needs. Nothing here is derived from the program."""
+object, and which scope its token needs; HEAD is as GET. Nothing here is derived from the program."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -101,13 +101,11 @@ ROWS: dict[tuple[str, str], Row] = {
     ("PATCH", _DISK): _disk("disks", OWN, 200, body={"tag": "x"}),
     ("DELETE", _DISK): _disk("disks", OWN, 202, query="?wait=0&snapshots=delete"),
     ("GET", _DISK + "/content"): _disk("read", READ, 200),
-    ("HEAD", _DISK + "/content"): _disk("read", READ, 200),
     ("PUT", _DISK + "/content"): _disk(
         "disks", WRITE, 200, body=b"x",
         headers={"Content-Type": RAW, "Content-Range": f"bytes 0-0/{2**20}"},
     ),
     ("GET", _DISK + "/content/upload"): _disk("read", WRITE, 404),
-    ("HEAD", _DISK + "/content/upload"): _disk("read", WRITE, 404),
     ("DELETE", _DISK + "/content/upload"): _disk("disks", WRITE, 204),
     ("POST", _DISK + "/hydrate"): _disk("disks", OWN, 409),
     ("POST", _DISK + "/restore"): _disk("disks", OWN, 409),

@@ -21,7 +21,10 @@ def description() -> dict[str, Any]:
 def check(method: str, path: str, status: int, content_type: str, body: bytes) -> None:
     """Fail unless an answer is one that the description of its route has."""
     template = _template(path.partition("?")[0])
-    operation = description()["paths"].get(template, {}).get(method.lower())
+    operations = description()["paths"].get(template, {})
+    operation = operations.get(method.lower())
+    if method == "HEAD" and operation is None:
+        operation = operations.get("get")
     if operation is None:
         if content_type.startswith("text/html") or path.startswith("/static/"):
             return  # a page
