@@ -8,10 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from stratocache.api import models, query, representations
+from stratocache.api import (
+    attachment_views,
+    cache_views,
+    image_views,
+    models,
+    query,
+    representations,
+)
 from stratocache.api.listing import Listing
 from stratocache.api.representations import OperationView, Representation
-from stratocache.api.resources import cache
 from stratocache.api.resources.accounts import (
     ACCOUNTS,
     TOKENS,
@@ -149,11 +155,11 @@ _IMAGE = "/v1/images/{image_id}"
 _LAUNCH = "/v1/launches/{instance}"
 _ACCOUNT = "/v1/accounts/{name}"
 _DIGESTS = {"Content-Digest": _TEXT, "Repr-Digest": _TEXT}
-_IMAGE_SHOWN = {200: _json(representations.ImageDetails)}
+_IMAGE_SHOWN = {200: _json(image_views.ImageDetails)}
 _DISK_SHOWN = {200: _json(representations.DiskDetails)}
-_ATTACHMENT_SHOWN = {200: _json(representations.AttachmentView)}
-_ATTACHMENT_MADE = {201: _json(representations.AttachmentView), **_ACCEPTED}
-_LAUNCH_SHOWN = {200: _json(representations.LaunchView)}
+_ATTACHMENT_SHOWN = {200: _json(attachment_views.AttachmentView)}
+_ATTACHMENT_MADE = {201: _json(attachment_views.AttachmentView), **_ACCEPTED}
+_LAUNCH_SHOWN = {200: _json(attachment_views.LaunchView)}
 _CONTENT = {
     200: {RAW_TYPE: _BYTES, QCOW2_TYPE: _BYTES},
     206: {RAW_TYPE: _BYTES, QCOW2_TYPE: _BYTES},
@@ -193,9 +199,9 @@ ROUTES: dict[tuple[str, str], Route] = {
         {200: _json(OperationView), **_ACCEPTED},
         _body(models.ReferenceQuestion), _WAIT,
     ),
-    ("GET", "/v1/images"): _list("Images.", "images", representations.ImageView, IMAGES),
+    ("GET", "/v1/images"): _list("Images.", "images", image_views.ImageView, IMAGES),
     ("POST", "/v1/images"): Route(
-        "Fetch an image.", {201: _json(representations.ImageDetails), **_ACCEPTED},
+        "Fetch an image.", {201: _json(image_views.ImageDetails), **_ACCEPTED},
         _body(models.ImageFetch), _WAIT,
     ),
     ("GET", _IMAGE): Route(
@@ -217,19 +223,19 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "/v1/chunks/{digest}"): Route(
         "The bytes of a chunk.", {200: {RAW_TYPE: _BYTES}}, parameters={"image": _TEXT}
     ),
-    ("GET", "/v1/cache"): Route("Where the space has gone.", {200: _json(cache.StatusView)}),
+    ("GET", "/v1/cache"): Route("Where the space has gone.", {200: _json(cache_views.StatusView)}),
     ("GET", "/v1/cache/plan"): Route(
         "What keeps each image, and what would go first.",
-        {200: _json(_any(cache.PlanView, cache.OfflineView))},
+        {200: _json(_any(cache_views.PlanView, cache_views.OfflineView))},
         parameters={"offline": {"type": "boolean"}},
     ),
     ("POST", "/v1/cache/evict"): Route(
         "Make room, or say what would go.",
-        {200: _json(_any(OperationView, cache.EvictionView)), **_ACCEPTED},
+        {200: _json(_any(OperationView, cache_views.EvictionView)), **_ACCEPTED},
         _body(models.EvictionRequest), _WAIT,
     ),
     ("POST", "/v1/cache/scrub"): Route(
-        "Begin, pause or resume the scrubber.", {200: _json(cache.ScrubView)},
+        "Begin, pause or resume the scrubber.", {200: _json(cache_views.ScrubView)},
         _body(models.ScrubRequest),
     ),
     # disks
@@ -296,10 +302,10 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     # attachments and launches
     ("GET", "/v1/attachments"): _list(
-        "All attachments.", "attachments", representations.AttachmentView, ATTACHMENTS
+        "All attachments.", "attachments", attachment_views.AttachmentView, ATTACHMENTS
     ),
     ("GET", _DISK + "/attachments"): _list(
-        "Attachments of a disk.", "attachments", representations.AttachmentView, OF_DISK
+        "Attachments of a disk.", "attachments", attachment_views.AttachmentView, OF_DISK
     ),
     ("POST", _DISK + "/attachments"): Route(
         "Attach a disk.", _ATTACHMENT_MADE, _body(models.AttachmentCreation), _WAIT,
@@ -360,11 +366,11 @@ ROUTES: dict[tuple[str, str], Route] = {
         "Delete old lines of the audit log.", {200: _json(PruningView)}, _body(models.AuditPruning)
     ),
     ("GET", "/v1/launches"): _list(
-        "Launches.", "launches", representations.LaunchView, LAUNCHES
+        "Launches.", "launches", attachment_views.LaunchView, LAUNCHES
     ),
     ("POST", "/v1/launches"): Route(
         "Launch: everything that booting an instance needs.",
-        {201: _json(representations.LaunchView), **_ACCEPTED}, _body(models.LaunchCreation), _WAIT,
+        {201: _json(attachment_views.LaunchView), **_ACCEPTED}, _body(models.LaunchCreation), _WAIT,
         replay="rebuilt",
     ),
     ("GET", _LAUNCH): Route("One launch.", _LAUNCH_SHOWN),

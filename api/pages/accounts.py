@@ -63,7 +63,7 @@ class AccountPage:
         view = AccountView.of(db, accounts.account(db, name))
         self._pages.show(
             request, response, "account", account=view, quotas=_quotas(view), roles=ROLES,
-            tokens=[TokenView(**TokenView.fields_of(item)) for item in tokens.tokens(db, name)],
+            tokens=[TokenView.from_record(item) for item in tokens.tokens(db, name)],
             scopes=[(scope, _SCOPE_WORDS[scope]) for scope in SCOPES], days=_DAYS,
             own=answers.caller(request).name == name,
         )  # fmt: skip

@@ -27,7 +27,7 @@ class AuditPage:
         )  # fmt: skip
         chosen = found[: query.PAGE_LENGTH]
         self._pages.show(
-            request, response, "audit", lines=[AuditView.of(line) for line in chosen],
+            request, response, "audit", lines=[AuditView.from_record(line) for line in chosen],
             next=str(chosen[-1].number) if len(found) > len(chosen) else None,
             order=Order("", query_of(wanted)),
             filters={name: value or "" for name, value in wanted.items()},

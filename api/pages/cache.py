@@ -7,9 +7,9 @@ import falcon
 from markupsafe import Markup
 
 from stratocache.api import answers
+from stratocache.api.cache_views import CacheView, HoldingView, LossView, PeerView, ScrubView
 from stratocache.api.pages.pictures import Segment, span_bar, stacked_bar
 from stratocache.api.pages.rendering import Pages
-from stratocache.api.resources.cache import CacheView, HoldingView, LossView, PeerView, ScrubView
 from stratocache.fs import eviction, scrubbing
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan
 from stratocache.fs.losses import losses
@@ -42,14 +42,14 @@ class CachePage:
         )
         going = {item.image.id for item in choose(plan, surplus_bytes)}
         segments = plan_segments(plan, going, account.chunk_bytes)
-        scrub = ScrubView.of(scrubbing.scrub_state(db))
+        scrub = ScrubView.from_record(scrubbing.scrub_state(db))
         self._pages.show(
             request, response, "cache",
             space=CacheView.of(account, configuration.cache), surplus_bytes=surplus_bytes,
             segments=segments, plan_bar=stacked_bar("What chunks are there for", segments),
             rows=self._rows(plan, going, caller), scrub=scrub,
             losses=[LossView.of(loss, db, caller) for loss in losses(db)],
-            peers=[PeerView.of(p) for p in peer_states(db)] if configuration.peers.hosts else [],
+            peers=[PeerView.from_record(p) for p in peer_states(db)] if configuration.peers.hosts else [],
         )  # fmt: skip
 
     def _rows(self, plan: list[Candidate], going: Collection[str], caller: Caller) -> list[_Row]:

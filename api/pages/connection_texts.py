@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from stratocache.api.representations import AttachmentView
+from stratocache.api.attachment_views import AttachmentView
 from stratocache.cache.configuration import Configuration
 
 _GROUP = 1

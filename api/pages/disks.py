@@ -68,7 +68,9 @@ class DiskPage:
         granted = rights(db, caller, disk)
         attached = attachment_views(service, caller, inventory.attachments(db, disk_uuid=disk.uuid))
         snapshots = [
-            SnapshotView.of(item) for item in inventory.snapshots(db, uuid) if not item.transient
+            SnapshotView.from_record(item)
+            for item in inventory.snapshots(db, uuid)
+            if not item.transient
         ]
         under_way = inventory.open_operations(db, uuid, *_OPERATIONS)
         unsettled = disk.state != "available" or any(item.state != "ready" for item in attached)
@@ -81,6 +83,6 @@ class DiskPage:
             operations=[OperationView.of(item) for item in under_way],
             image_title=(image.entry.title or "") if image else "",
             taken_bytes=space_plan.taken_bytes(service.configuration, disk),
-            shares=[ShareView.of(share) for share in shares.share_page(db, caller, uuid, _ALL)],
+            shares=[ShareView.from_record(share) for share in shares.share_page(db, caller, uuid, _ALL)],
             timeline=snapshot_timeline(snapshots, disk.created_at, datetime.now(UTC)),
         )  # fmt: skip

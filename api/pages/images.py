@@ -6,11 +6,12 @@ import falcon
 from markupsafe import Markup
 
 from stratocache.api import answers
+from stratocache.api.image_views import ImageDetails
 from stratocache.api.pages.pictures import map_strip, meter, sparkline
 from stratocache.api.pages.rendering import Pages
 from stratocache.api.pages.timelines import lineage_tree
 from stratocache.api.plots import periods
-from stratocache.api.representations import ImageDetails, OperationView
+from stratocache.api.representations import OperationView
 from stratocache.api.resources.images import IMAGES, image_details
 from stratocache.cache import bootset
 from stratocache.cache.chunks import CHUNK_BYTES

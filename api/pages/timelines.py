@@ -6,9 +6,10 @@ from datetime import datetime
 
 from markupsafe import Markup, escape
 
+from stratocache.api.image_views import LineageDisk
 from stratocache.api.pages.drawing import drawing, element, share
 from stratocache.api.pages.formats import count, exact_time, short
-from stratocache.api.representations import LineageDisk, SnapshotView
+from stratocache.api.representations import SnapshotView
 
 _TIMELINE_PX = 64
 _LINE_Y = 24

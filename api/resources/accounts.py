@@ -17,7 +17,6 @@ from stratocache.fs import accounts, quotas, tokens
 from stratocache.fs.accounts import Account, AccountRequest
 from stratocache.fs.records import Caller, Role, Scope
 from stratocache.fs.state import Database
-from stratocache.fs.tokens import Token
 
 ACCOUNTS = Listing(orders=("name",), filters=("role",), number="name")
 TOKENS = Listing(orders=("created_at",), number="id")
@@ -45,9 +44,8 @@ class AccountView(Representation):
     def of(cls, db: Database, account: Account) -> Self:
         """Show an account."""
         used = quotas.used(db.connection, account.name)
-        fields = {name: getattr(account, name) for name in Account.__slots__}
-        return cls(
-            **fields,
+        return cls.from_record(
+            account,
             used_bytes=used.bytes,
             used_disks=used.disks,
             used_attachments=used.attachments,
@@ -63,18 +61,6 @@ class TokenView(Representation):
     created_at: str
     expires_at: str | None
     last_used_at: str | None
-
-    @classmethod
-    def fields_of(cls, token: Token) -> dict[str, Any]:
-        """Return what is shown of a token."""
-        return {
-            "id": token.id,
-            "description": token.description,
-            "scopes": list(token.scopes),
-            "created_at": token.created_at,
-            "expires_at": token.expires_at,
-            "last_used_at": token.last_used_at,
-        }
 
 
 class NewTokenView(TokenView):
@@ -174,7 +160,7 @@ class TokenCollection:
         db, page = self._service.db, TOKENS.page(request)
         accounts.account(db, name)
         chosen, after = TOKENS.cut(tokens.tokens(db, name, page=page), page)
-        views = [TokenView(**TokenView.fields_of(item)) for item in chosen]
+        views = [TokenView.from_record(item) for item in chosen]
         answers.show_page(response, "tokens", views, after)
 
     def on_post(self, request: falcon.Request, response: falcon.Response, name: str) -> None:
@@ -189,7 +175,7 @@ class TokenCollection:
             scopes=wanted.scopes,
             expires_in_s=wanted.expires_in_s,
         )
-        view = NewTokenView(**TokenView.fields_of(made), token=secret)
+        view = NewTokenView.from_record(made, token=secret)
         answers.show(response, view, created_at=f"/v1/accounts/{name}/tokens/{made.id}")
         response.cache_control = ["no-store"]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.attachment_views import AttachmentView
 from stratocache.api.listing import Listing
 from stratocache.api.models import (
     AttachmentCreation,
@@ -12,7 +13,6 @@ from stratocache.api.models import (
     MigrationCreation,
     read_body,
 )
-from stratocache.api.representations import AttachmentView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
 from stratocache.fs import intents, inventory, leases, migrations

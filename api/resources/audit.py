@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Self
 
 import falcon
 
@@ -15,7 +14,7 @@ from stratocache.api.representations import Representation
 from stratocache.api.service import Service
 from stratocache.cache.errors import InvalidInput
 from stratocache.fs import audit
-from stratocache.fs.audit import AuditFilter, AuditLine, Outcome
+from stratocache.fs.audit import AuditFilter, Outcome
 from stratocache.fs.state import Database, timestamp
 
 LINES_TYPE = "application/x-ndjson"
@@ -37,11 +36,6 @@ class AuditView(Representation):
     status: int
     operation_id: str | None
     message: str
-
-    @classmethod
-    def of(cls, line: AuditLine) -> Self:
-        """Show a line."""
-        return cls(**asdict(line))
 
 
 class PruningView(Representation):
@@ -71,7 +65,7 @@ class AuditLog:
         found = audit.lines(self._db, wanted, after=after, limit=limit + 1)
         chosen = found[:limit]
         more = str(chosen[-1].number) if len(found) > limit else None
-        answers.show_page(response, "audit", [AuditView.of(line) for line in chosen], more)
+        answers.show_page(response, "audit", [AuditView.from_record(line) for line in chosen], more)
 
 
 class AuditPrune:

@@ -17,7 +17,7 @@ parts of another source are refused.
 
 import base64
 from contextlib import ExitStack
-from typing import Self, cast
+from typing import cast
 
 import falcon
 
@@ -29,7 +29,7 @@ from stratocache.fs import inventory
 from stratocache.fs.content_export import export_qcow2
 from stratocache.fs.content_hold import hold_for_reading, hold_snapshot
 from stratocache.fs.content_source import Source, disk_tag, open_disk, open_snapshot, sha256_of
-from stratocache.fs.content_upload import ContentFormat, Upload, Uploads
+from stratocache.fs.content_upload import ContentFormat, Uploads
 from stratocache.fs.rights import require_read
 
 
@@ -43,17 +43,6 @@ class UploadView(Representation):
     source: str
     complete: bool
     """Whether it has become the disk's content."""
-
-    @classmethod
-    def of(cls, upload: Upload) -> Self:
-        """Show an upload."""
-        return cls(
-            format=upload.format,
-            offset_bytes=upload.offset_bytes,
-            total_bytes=upload.total_bytes,
-            source=upload.source,
-            complete=upload.complete,
-        )
 
 
 class DiskContent:
@@ -81,7 +70,7 @@ class DiskContent:
             upload = self._uploads.receive(
                 caller, uuid, part, request.stream if terminated else request.bounded_stream
             )
-        answers.show(response, UploadView.of(upload))
+        answers.show(response, UploadView.from_record(upload))
         response.set_header("Upload-Offset", str(upload.offset_bytes))
 
     def _describe(
@@ -143,7 +132,7 @@ class DiskUpload:
         """Tell how far the last upload is, and whether it has become the disk's content."""
         query.require_known(request)
         upload = self._uploads.find(answers.caller(request), uuid)
-        answers.show(response, UploadView.of(upload))
+        answers.show(response, UploadView.from_record(upload))
         response.set_header("Upload-Offset", str(upload.offset_bytes))
 
     on_head = on_get

@@ -10,7 +10,6 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 import falcon
 
@@ -128,4 +127,4 @@ def _message(event: Event) -> bytes:
 
 
 def _view(event: Event) -> EventView:
-    return EventView(**asdict(event))
+    return EventView.from_record(event)

@@ -5,9 +5,10 @@ from pathlib import Path
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.image_views import ImageDetails, ImageView
 from stratocache.api.listing import Listing
 from stratocache.api.models import ImageFetch, read_body
-from stratocache.api.representations import ImageDetails, ImageView, OperationView
+from stratocache.api.representations import OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
@@ -32,7 +33,7 @@ class ImageCollection:
         page = IMAGES.page(request)
         found = inventory.images(self._service.db, page=page, **IMAGES.filters_of(request))
         chosen, after = IMAGES.cut(found, page)
-        views = [ImageView.of(image) for image in chosen]
+        views = [ImageView.from_record(image) for image in chosen]
         answers.show_page(response, "images", views, after)
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
@@ -77,7 +78,9 @@ class ImageItem:
         query.require_known(request, "wait")
         wait_s = query.wait_seconds(request, default=60)
         db, caller = self._service.db, answers.caller(request)
-        with answers.matching(request, db, lambda: ImageView.of(inventory.image(db, image_id))):
+        with answers.matching(
+            request, db, lambda: ImageView.from_record(inventory.image(db, image_id))
+        ):
             deletion = intents.request_image_deletion(db, caller, image_id)
         operation = self._service.start(deletion, wait_s)
         answers.finish_removal(response, operation)
@@ -137,7 +140,9 @@ class ImagePin:
         query.require_known(request)
         db = self._service.db
         caller = answers.caller(request)
-        with answers.matching(request, db, lambda: ImageView.of(inventory.image(db, image_id))):
+        with answers.matching(
+            request, db, lambda: ImageView.from_record(inventory.image(db, image_id))
+        ):
             image = intents.set_pin(db, caller, image_id, pinned)
         answers.show(response, image_details(self._service, caller, image))
 

@@ -3,9 +3,9 @@
 import falcon
 
 from stratocache.api import answers, query
+from stratocache.api.attachment_views import LaunchView
 from stratocache.api.listing import Listing
 from stratocache.api.models import LaunchCreation, LeaseRenewal, read_body
-from stratocache.api.representations import LaunchView
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
 from stratocache.fs import intents, inventory, leases

@@ -23,7 +23,7 @@ class ShareCollection:
         page = SHARES.page(request)
         found = shares.share_page(self._service.db, answers.caller(request), uuid, page)
         chosen, after = SHARES.cut(found, page)
-        views = [ShareView.of(share) for share in chosen]
+        views = [ShareView.from_record(share) for share in chosen]
         answers.show_page(response, "shares", views, after)
 
 
@@ -44,7 +44,7 @@ class ShareItem:
             self._service.db, answers.caller(request), uuid, user, wanted.access
         )
         address = f"/v1/disks/{uuid}/shares/{user}" if is_new else None
-        answers.show(response, ShareView.of(share), created_at=address)
+        answers.show(response, ShareView.from_record(share), created_at=address)
 
     def on_delete(
         self, request: falcon.Request, response: falcon.Response, uuid: str, user: str

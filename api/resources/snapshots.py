@@ -26,7 +26,7 @@ class SnapshotCollection:
         inventory.disk(db, answers.caller(request), uuid)
         found = inventory.snapshot_page(db, uuid, page, **SNAPSHOTS.filters_of(request))
         chosen, after = SNAPSHOTS.cut(found, page)
-        views = [SnapshotView.of(snapshot) for snapshot in chosen]
+        views = [SnapshotView.from_record(snapshot) for snapshot in chosen]
         answers.show_page(response, "snapshots", views, after)
 
     def on_post(self, request: falcon.Request, response: falcon.Response, uuid: str) -> None:
@@ -46,7 +46,7 @@ class SnapshotCollection:
             return
         snapshot = inventory.snapshot(self._service.db, caller, operation.subject)
         address = f"/v1/disks/{uuid}/snapshots/{snapshot.id}"
-        answers.show(response, SnapshotView.of(snapshot), created_at=address)
+        answers.show(response, SnapshotView.from_record(snapshot), created_at=address)
 
 
 class SnapshotItem:
@@ -116,4 +116,4 @@ class DiskSave:
 
 
 def _view(db: Database, caller: Caller, uuid: str, snapshot_id: str) -> SnapshotView:
-    return SnapshotView.of(inventory.snapshot(db, caller, snapshot_id, disk_uuid=uuid))
+    return SnapshotView.from_record(inventory.snapshot(db, caller, snapshot_id, disk_uuid=uuid))

@@ -15,9 +15,9 @@ from support.api_daemon import Api, insert_disk, listens, serving, standing_in
 from support.command_line import error, run_alone
 from support.plugging import paused_qemu, seen
 
+from stratocache.api.attachment_views import AttachmentView
 from stratocache.api.command_line import command_line
 from stratocache.api.guest_disk import Handout
-from stratocache.api.representations import AttachmentView
 from stratocache.cache.configuration import Configuration, IscsiSettings
 from stratocache.fs import intents, inventory
 from stratocache.fs.records import Caller

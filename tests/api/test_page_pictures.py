@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from support.api_daemon import entry
 
+from stratocache.api.image_views import LineageDisk, LineageSnapshot
 from stratocache.api.pages import formats
 from stratocache.api.pages.cache import plan_bars, plan_segments
 from stratocache.api.pages.pictures import Segment, map_strip, sparkline, stacked_bar
 from stratocache.api.pages.timelines import lineage_tree, snapshot_timeline
-from stratocache.api.representations import LineageDisk, LineageSnapshot, SnapshotView
+from stratocache.api.representations import SnapshotView
 from stratocache.api.sizes import parse_size
 from stratocache.cache.footprint import Footprint
 from stratocache.fs.keep_plan import Candidate
