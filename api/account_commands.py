@@ -3,12 +3,13 @@
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any, get_args
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import click
 
 from stratocache.api.completion import ACCOUNT, TOKEN
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Command, Session, SizeType, json_option
 from stratocache.api.sizes import format_size
 from stratocache.api.watch import watch_option
@@ -96,19 +97,18 @@ def create(
 @click.pass_obj
 def ls(session: Session, role: str | None) -> None:
     """List the accounts, with what they use of their quotas."""
-    chosen = {} if role is None else {"role": role}
-    session.show_table(
-        "accounts",
-        session.client.items("/v1/accounts", "accounts", **chosen),
+    session.show_list(
+        "/v1/accounts",
         {
-            "NAME": lambda item: item["name"],
-            "ROLE": lambda item: item["role"],
-            "ENABLED": lambda item: item["enabled"],
+            "NAME": "name",
+            "ROLE": "role",
+            "ENABLED": "enabled",
             "BYTES": lambda item: _used(item, "bytes", format_size),
             "DISKS": lambda item: _used(item, "disks", str),
             "ATTACHMENTS": lambda item: _used(item, "attachments", str),
-            "LAST LOGIN": lambda item: item["last_login_at"],
+            "LAST LOGIN": "last_login_at",
         },
+        role=role,
     )
 
 
@@ -126,7 +126,7 @@ def _used(item: "Document", what: str, text: Any) -> str:
 @click.pass_obj
 def show(session: Session, name: str) -> None:
     """Show an account; everybody may see their own."""
-    session.show_fields(session.client.get(_path(name)))
+    session.show_fields(session.client.get(path_of("accounts", name)))
 
 
 @account.command(
@@ -160,7 +160,9 @@ def change(session: Session, /, name: str, **fields: Any) -> None:
     body = _given(fields)
     if not body:
         raise click.UsageError("Say what is to be changed; see --help.")
-    session.show(session.client.patch(_path(name), body), f"Account {name} is changed.")
+    session.show(
+        session.client.patch(path_of("accounts", name), body), f"Account {name} is changed."
+    )
 
 
 @account.command(epilog=examples("stratocache account rm jane"))
@@ -169,7 +171,7 @@ def change(session: Session, /, name: str, **fields: Any) -> None:
 @click.pass_obj
 def rm(session: Session, name: str) -> None:
     """Delete an account that owns nothing, with its tokens."""
-    session.client.delete(_path(name))
+    session.client.delete(path_of("accounts", name))
     session.show({"deleted": name}, f"Account {name} is deleted.")
 
 
@@ -188,10 +190,10 @@ def passwd(session: Session, name: str | None) -> None:
     me = session.client.get("/v1/session")["name"]
     name = name or me
     body = {}
-    if name == me and session.client.get(_path(name))["has_password"]:
+    if name == me and session.client.get(path_of("accounts", name))["has_password"]:
         body["current_password"] = _read_password("-", "Present password")
     body["password"] = _read_password("-", "New password", twice=True)
-    session.client.patch(_path(name), body)
+    session.client.patch(path_of("accounts", name), body)
     session.show({"changed": name}, f"The password of {name} is changed.")
 
 
@@ -226,7 +228,7 @@ def create_token(
     }
     if valid_days is not None:
         body["expires_in_s"] = valid_days * _DAY_S
-    document = session.client.post_secret(f"{_path(name)}/tokens", body)
+    document = session.client.post_secret(path_of("accounts", name, "tokens"), body)
     session.show(document, document["token"])
 
 
@@ -236,15 +238,14 @@ def create_token(
 @click.pass_obj
 def list_tokens(session: Session, name: str) -> None:
     """List the tokens of an account, oldest first."""
-    session.show_table(
-        "tokens",
-        session.client.items(f"{_path(name)}/tokens", "tokens"),
+    session.show_list(
+        path_of("accounts", name, "tokens"),
         {
-            "ID": lambda item: item["id"],
+            "ID": "id",
             "SCOPES": lambda item: ",".join(item["scopes"]),
-            "EXPIRES": lambda item: item["expires_at"],
-            "LAST USED": lambda item: item["last_used_at"],
-            "DESCRIPTION": lambda item: item["description"],
+            "EXPIRES": "expires_at",
+            "LAST USED": "last_used_at",
+            "DESCRIPTION": "description",
         },
     )
 
@@ -256,7 +257,7 @@ def list_tokens(session: Session, name: str) -> None:
 @click.pass_obj
 def remove_token(session: Session, name: str, token_id: str) -> None:
     """Make a token worthless, at once."""
-    session.client.delete(f"{_path(name)}/tokens/{quote(token_id, safe='')}")
+    session.client.delete(path_of("accounts", name, "tokens", token_id))
     session.show({"deleted": token_id}, f"Token {token_id} of {name} is worth nothing any more.")
 
 
@@ -277,22 +278,21 @@ def remove_token(session: Session, name: str, token_id: str) -> None:
 @click.pass_obj
 def audit(session: Session, /, export: bool, **filters: str | None) -> None:
     """Show who changed what, and who was refused, oldest first (administrators)."""
-    chosen = {name: value for name, value in filters.items() if value is not None}
     if export:
-        _export(session, chosen)
+        _export(session, {name: value for name, value in filters.items() if value is not None})
         return
-    session.show_table(
-        "audit",
-        session.client.items("/v1/audit", "audit", **chosen),
+    session.show_list(
+        "/v1/audit",
         {
-            "AT": lambda item: item["at"],
-            "USER": lambda item: item["user"],
-            "FROM": lambda item: item["address"],
-            "ACTION": lambda item: item["action"],
-            "SUBJECT": lambda item: item["subject"],
-            "STATUS": lambda item: item["status"],
-            "MESSAGE": lambda item: item["message"],
+            "AT": "at",
+            "USER": "user",
+            "FROM": "address",
+            "ACTION": "action",
+            "SUBJECT": "subject",
+            "STATUS": "status",
+            "MESSAGE": "message",
         },
+        **filters,
     )
 
 
@@ -330,7 +330,3 @@ def _read_password(option: str, prompt: str, *, twice: bool = False) -> str:
     if sys.stdin.isatty():
         return str(click.prompt(prompt, hide_input=True, err=True, confirmation_prompt=twice))
     return sys.stdin.readline(_PASSWORD_CHARACTERS_MAX + 2).rstrip("\n")
-
-
-def _path(name: str) -> str:
-    return f"/v1/accounts/{quote(name, safe='')}"

@@ -1,12 +1,12 @@
 """`stratocache disk migrate` and `lease`: who may use a disk, for how long, and who is next."""
 
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import click
 
 from stratocache.api.completion import DISK, HOLDER
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, json_option
 
 if TYPE_CHECKING:
@@ -59,20 +59,22 @@ def migrate(
         body = {"instance": to, "timeout_s": timeout_s}
         if initiator is not None:
             body["initiator"] = initiator
-        path = f"{_path(uuid, source['id'])}/migrate"
+        path = path_of("disks", uuid, "attachments", source["id"], "migrate")
         document = session.client.post(path, body, wait=0)
         if "target_iqn" not in document:
             done = session.follow(document, "migrate")
-            document = session.client.get(_path(uuid, done["subject"]))
+            document = session.client.get(path_of("disks", uuid, "attachments", done["subject"]))
         session.show_fields(document, hidden=("libvirt_xml", "qemu_args"))
         return
     if new is None:
         raise _not_migrating(uuid)
     if abort:
-        session.remove(_path(uuid, new["id"]), "abort", force="true")
+        session.remove(path_of("disks", uuid, "attachments", new["id"]), "abort", force="true")
         session.show({"aborted": uuid}, f"Disk {uuid} stays where it was.")
         return
-    document = session.client.post(f"{_path(uuid, new['id'])}/complete", {}, wait=0)
+    document = session.client.post(
+        path_of("disks", uuid, "attachments", new["id"], "complete"), {}, wait=0
+    )
     if "target_iqn" not in document:
         session.follow(document, "complete")
     session.show(
@@ -98,7 +100,9 @@ def lease(
     """Renew the lease of an attachment, for as long as last time unless you say so."""
     attachment = find_attachment(session, uuid, instance)
     document = session.client.put(
-        f"{_path(uuid, attachment['id'])}/lease", lease_body(lease_s), **epoch_parameter(epoch)
+        path_of("disks", uuid, "attachments", attachment["id"], "lease"),
+        lease_body(lease_s),
+        **epoch_parameter(epoch),
     )
     session.show(document, f"Disk {uuid} is leased until {document['lease_expires_at']}.")
 
@@ -147,7 +151,7 @@ def find_attachment(session: Session, uuid: str, instance: str | None) -> "Docum
 
 
 def _attachments(session: Session, uuid: str) -> "list[Document]":
-    return session.client.items(f"/v1/disks/{quote(uuid, safe='')}/attachments", "attachments")
+    return session.client.items(path_of("disks", uuid, "attachments"), "attachments")
 
 
 def _unattached(uuid: str, instance: str | None) -> Exception:
@@ -163,7 +167,3 @@ def _not_migrating(uuid: str) -> Exception:
     return NotFound(
         "migration-unknown", f"Disk {uuid} is not being migrated; begin with --to INSTANCE."
     )
-
-
-def _path(uuid: str, attachment_id: str) -> str:
-    return f"/v1/disks/{quote(uuid, safe='')}/attachments/{attachment_id}"

@@ -2,13 +2,13 @@
 
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
 from stratocache.api.check_commands import finding_view
 from stratocache.api.completion import IMAGE
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, SizeType, json_option, plain
 from stratocache.api.sizes import format_size
 from stratocache.api.watch import is_watched, watch_option
@@ -108,15 +108,15 @@ def plan(context: click.Context, offline: bool, fix: bool) -> None:
         "images",
         document["images"],
         {
-            "#": lambda item: item["order"],
-            "IMAGE": lambda item: item["image"],
+            "#": "order",
+            "IMAGE": "image",
             "STATE": lambda item: "skeleton" if item["skeleton"] else item["state"],
             "SIZE": lambda item: _size(item["size_bytes"]),
-            "LAST USED": lambda item: item["last_used_at"],
+            "LAST USED": "last_used_at",
             "FREES": lambda item: _size(item["freed_bytes"]),
             "BOOT SET": lambda item: _size(item["boot_bytes"]) if item["boot_bytes"] else None,
             "REFETCH": lambda item: _cost(item),
-            "KEPT BY": lambda item: item["kept_because"],
+            "KEPT BY": "kept_because",
             "TITLE": lambda item: item["title"] or None,
         },
     )
@@ -136,9 +136,9 @@ def _plan_offline(session: Session, *, fix: bool) -> int:
         "images",
         found,
         {
-            "IMAGE": lambda item: item["image"],
-            "WHY": lambda item: item["reason"],
-            "CHUNKS": lambda item: item["missing_chunks"],
+            "IMAGE": "image",
+            "WHY": "reason",
+            "CHUNKS": "missing_chunks",
             "MISSING": lambda item: _size(item["missing_bytes"]),
             "TITLE": lambda item: item["title"] or None,
         },
@@ -157,7 +157,7 @@ def _verify_leniently(session: Session, image_id: str) -> None:
 
 def verify_image(session: Session, image_id: str) -> "Document":
     """Verify an image, with the progress shown; raises what the operation failed with."""
-    operation = session.client.begin(f"/v1/images/{quote(image_id, safe='')}/verify", {})
+    operation = session.client.begin(path_of("images", image_id, "verify"), {})
     return session.follow(operation, "verify")
 
 

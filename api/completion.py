@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
 
 import click
 
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, plain
 from stratocache.cache.errors import StratocacheError
 
@@ -42,7 +42,10 @@ class Known(click.ParamType[str]):
         self._find = find
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text as it is: the daemon says whether it exists."""
+        """Return the text as it is: the daemon says whether it exists. An empty one, as of a shell's
+        variable that is not set, would be taken for all there is."""
+        if not value:
+            self.fail("It is empty.", param, ctx)
         return str(value)
 
     def shell_complete(
@@ -88,7 +91,7 @@ def _items(session: Session, path: str, name: str) -> "list[Document]":
 
 
 def _of_disk(parameters: dict[str, Any], name: str) -> str:
-    return f"/v1/disks/{quote(parameters.get('uuid') or '-', safe='')}/{name}"
+    return path_of("disks", parameters.get("uuid") or "-", name)
 
 
 def _disks(session: Session, _parameters: dict[str, Any]) -> Found:
@@ -133,8 +136,8 @@ def _accounts(session: Session, _parameters: dict[str, Any]) -> Found:
 
 
 def _tokens(session: Session, parameters: dict[str, Any]) -> Found:
-    name = quote(parameters.get("name") or "-", safe="")
-    tokens = _items(session, f"/v1/accounts/{name}/tokens", "tokens")
+    path = path_of("accounts", parameters.get("name") or "-", "tokens")
+    tokens = _items(session, path, "tokens")
     return [(item["id"], item["description"]) for item in tokens]
 
 

@@ -15,6 +15,7 @@ import click
 
 from stratocache.api.completion import DISK, SNAPSHOT
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Command, Session, json_option
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def download(
 
     format_ = format_ or _format_of(file)
     chosen = f"?snapshot={quote(snapshot, safe='')}" if snapshot is not None else ""
-    wanted = _Wanted(session.client, f"{_path(uuid)}/content{chosen}", _MEDIA_TYPES[format_])
+    wanted = _Wanted(
+        session.client, path_of("disks", uuid, "content") + chosen, _MEDIA_TYPES[format_]
+    )
     with progress.shown("download", quiet=session.as_json) as report:
         if file == "-":
             _copy(wanted, sys.stdout.buffer, report)
@@ -96,7 +99,9 @@ def upload(session: Session, uuid: str, file: Path, format_: str | None) -> None
 
     format_ = format_ or _format_of(file.name)
     with _open_regular(file) as source, progress.shown("upload", quiet=session.as_json) as report:
-        size_bytes = _Upload(session.client, f"{_path(uuid)}/content", source, format_).run(report)
+        size_bytes = _Upload(
+            session.client, path_of("disks", uuid, "content"), source, format_
+        ).run(report)
     session.show(
         {"disk": uuid, "file": str(file), "format": format_, "size_bytes": size_bytes},
         f"Disk {uuid} has the content of {file}.",
@@ -369,7 +374,3 @@ def _sync_directory(directory: Path) -> None:
 
 def _format_of(name: str) -> str:
     return "qcow2" if name.endswith(".qcow2") else "raw"
-
-
-def _path(uuid: str) -> str:
-    return f"/v1/disks/{quote(uuid, safe='')}"

@@ -3,7 +3,6 @@
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
@@ -29,6 +28,7 @@ from stratocache.api.open_iscsi_commands import (
     open_iscsi_option,
     refuse_both,
 )
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.share_commands import share, shares, unshare
 from stratocache.api.sizes import format_size
@@ -105,7 +105,7 @@ def create(session: Session, /, **wanted: Any) -> None:
     uuid = operation.get("uuid")
     if uuid is None:
         uuid = session.follow(operation, "create")["subject"]
-    session.show(session.client.get(_path(uuid)), uuid)
+    session.show(session.client.get(path_of("disks", uuid)), uuid)
     if not session.as_json:
         from stratocache.cache.errors import Refused
 
@@ -127,19 +127,19 @@ def create(session: Session, /, **wanted: Any) -> None:
 @click.pass_obj
 def ls(session: Session, tag: str | None, owner: str | None) -> None:
     """List the disks that you may see."""
-    chosen = {name: value for name, value in (("tag", tag), ("owner", owner)) if value is not None}
-    session.show_table(
-        "disks",
-        session.client.items("/v1/disks", "disks", **chosen),
+    session.show_list(
+        "/v1/disks",
         {
-            "UUID": lambda item: item["uuid"],
+            "UUID": "uuid",
             "STATE": lambda item: "problem" if item["problems"] else item["state"],
             "SIZE": lambda item: format_size(item["size_bytes"]),
-            "FORM": lambda item: item["form"],
-            "OWNER": lambda item: item["owner"],
-            "TAG": lambda item: item["tag"],
+            "FORM": "form",
+            "OWNER": "owner",
+            "TAG": "tag",
             "ATTACHED": lambda item: ",".join(item["attached_to"]) or None,
         },
+        tag=tag,
+        owner=owner,
     )
 
 
@@ -156,7 +156,7 @@ def show(session: Session, uuid: str) -> None:
     """Show one disk, and what its guest waited for remote bytes."""
     from stratocache.api import plots
 
-    document = session.client.get(_path(uuid))
+    document = session.client.get(path_of("disks", uuid))
     session.show_fields(document, hidden=("traffic_history",))
     if not session.as_json:
         plots.echo_history(document)
@@ -174,7 +174,9 @@ def show(session: Session, uuid: str) -> None:
 @click.pass_obj
 def rm(session: Session, uuid: str, snapshots: bool) -> None:
     """Delete a disk that is not attached, for good."""
-    session.remove(_path(uuid), "delete", **({"snapshots": "delete"} if snapshots else {}))
+    session.remove(
+        path_of("disks", uuid), "delete", **({"snapshots": "delete"} if snapshots else {})
+    )
     session.show({"deleted": uuid}, f"Disk {uuid} is deleted.")
 
 
@@ -195,7 +197,7 @@ def change(session: Session, /, uuid: str, **wanted: str | None) -> None:
     body = {name: value for name, value in wanted.items() if value is not None}
     if not body:
         raise click.UsageError("Give --tag, --visibility or --owner.")
-    session.show(session.client.patch(_path(uuid), body), f"Disk {uuid} is changed.")
+    session.show(session.client.patch(path_of("disks", uuid), body), f"Disk {uuid} is changed.")
 
 
 @disk.command(
@@ -243,7 +245,9 @@ def attach(
     place = place_of(qmp, domain, libvirt, timeout_s, bus)
     if open_iscsi:
         refuse_both(place)
-        attach_here(session, _path(uuid), body, lambda body: _export(session, uuid, body))
+        attach_here(
+            session, path_of("disks", uuid), body, lambda body: _export(session, uuid, body)
+        )
         return
     if place is not None:
         hot_plug.attach(session, uuid, place, lambda: _export(session, uuid, body))
@@ -252,10 +256,10 @@ def attach(
 
 
 def _export(session: Session, uuid: str, body: "Document") -> "Document":
-    document = session.client.post(f"{_path(uuid)}/attachments", body, wait=0)
+    document = session.client.post(path_of("disks", uuid, "attachments"), body, wait=0)
     if "target_iqn" not in document:
         done = session.follow(document, "attach")
-        document = session.client.get(f"{_path(uuid)}/attachments/{done['subject']}")
+        document = session.client.get(path_of("disks", uuid, "attachments", done["subject"]))
     return document
 
 
@@ -295,7 +299,7 @@ def detach(
     place = place_of(qmp, domain, libvirt, timeout_s)
     if open_iscsi:
         refuse_both(place)
-        if not log_out_here(session, _path(uuid), instance, epoch):
+        if not log_out_here(session, path_of("disks", uuid), instance, epoch):
             session.show({"detached": uuid}, f"Disk {uuid} is not attached.")
             return
     attachment = find_attachment(session, uuid, instance)
@@ -304,9 +308,5 @@ def detach(
     if place is not None:
         shown["unplugged"] = hot_plug.unplug(attachment, place)
     parameters = {**epoch_parameter(epoch), **({"force": "true"} if force else {})}
-    session.remove(f"{_path(uuid)}/attachments/{attachment['id']}", "detach", **parameters)
+    session.remove(path_of("disks", uuid, "attachments", attachment["id"]), "detach", **parameters)
     session.show(shown, f"Disk {uuid} is detached from {attachment['instance']}.")
-
-
-def _path(uuid: str) -> str:
-    return f"/v1/disks/{quote(uuid, safe='')}"

@@ -26,9 +26,9 @@ def doctor(context: click.Context) -> None:
         "checks",
         [asdict(finding) for finding in findings],
         {
-            "CHECK": lambda item: item["name"],
+            "CHECK": "name",
             "VERDICT": lambda item: item["verdict"].value,
-            "FOUND": lambda item: item["detail"],
+            "FOUND": "detail",
             "TO MEND": lambda item: item["mend"] or None,
         },
     )

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import click
@@ -62,7 +61,7 @@ def ls(
             _write(session, item)
         _follow(session, chosen, events[-1]["number"] if events else None)
         return
-    columns = {name.upper(): itemgetter(name) for name in _COLUMNS}
+    columns = {name.upper(): name for name in _COLUMNS}
     session.show_table("events", events, columns)
 
 

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
 
 import click
 
+from stratocache.api.resource_path import path_of
 from stratocache.cache.errors import Conflict, StratocacheError, Unreachable
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def attach(session: "Session", uuid: str, place: Place, export: "Callable[[], Do
     from stratocache.api.guest_disk import Handout
 
     with place.open() as machine:
-        path = f"/v1/disks/{quote(uuid, safe='')}/attachments"
+        path = path_of("disks", uuid, "attachments")
         before = {item["id"] for item in session.client.items(path, "attachments")}
         document = export()
         handout = Handout.of(document)

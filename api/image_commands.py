@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
 from stratocache.api.completion import IMAGE
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, json_option, plain
 from stratocache.api.sizes import format_size
 from stratocache.api.watch import watch_option
@@ -36,7 +36,7 @@ def fetch(session: Session, reference: str, pin: bool) -> None:
     """Bring an image into the cache and write its id; Ctrl-C cancels the fetch."""
     operation = session.client.begin("/v1/images", {"reference": reference, "pin": pin})
     done = session.follow(operation, "fetch")
-    document = session.client.get(_path(done["result"]["image"]))
+    document = session.client.get(path_of("images", done["result"]["image"]))
     session.show(document, document["id"])
 
 
@@ -52,17 +52,16 @@ def fetch(session: Session, reference: str, pin: bool) -> None:
 @click.pass_obj
 def ls(session: Session, state: str | None) -> None:
     """List the images."""
-    chosen = {} if state is None else {"state": state}
-    session.show_table(
-        "images",
-        session.client.items("/v1/images", "images", **chosen),
+    session.show_list(
+        "/v1/images",
         {
-            "ID": lambda item: item["id"],
-            "STATE": lambda item: item["state"],
+            "ID": "id",
+            "STATE": "state",
             "SIZE": _size,
-            "PINNED": lambda item: item["pinned"],
+            "PINNED": "pinned",
             "TITLE": lambda item: item["entry"]["title"],
         },
+        state=state,
     )
 
 
@@ -85,7 +84,7 @@ def show(session: Session, image_id: str) -> None:
     from stratocache.api import plots
     from stratocache.api.lineage_tree import show_lineage
 
-    document = session.client.get(_path(image_id), map=str(plots.CELLS))
+    document = session.client.get(path_of("images", image_id), map=str(plots.CELLS))
     hidden = ("traffic_history", "local_map", "disks", "omitted_count")
     session.show_fields(document, hidden=hidden)
     if session.as_json:
@@ -106,7 +105,7 @@ def show(session: Session, image_id: str) -> None:
 @click.pass_obj
 def rm(session: Session, image_id: str) -> None:
     """Delete an image that nothing uses."""
-    session.remove(_path(image_id), "delete")
+    session.remove(path_of("images", image_id), "delete")
     session.show({"deleted": image_id}, f"Image {image_id} is deleted.")
 
 
@@ -120,7 +119,9 @@ def rm(session: Session, image_id: str) -> None:
 @click.pass_obj
 def pin(session: Session, image_id: str) -> None:
     """Never evict an image."""
-    session.show(session.client.put(_path(image_id) + "/pin"), f"Image {image_id} is pinned.")
+    session.show(
+        session.client.put(path_of("images", image_id, "pin")), f"Image {image_id} is pinned."
+    )
 
 
 @image.command(
@@ -133,7 +134,7 @@ def pin(session: Session, image_id: str) -> None:
 @click.pass_obj
 def unpin(session: Session, image_id: str) -> None:
     """Let an image be evicted again."""
-    document = session.client.delete(_path(image_id) + "/pin")
+    document = session.client.delete(path_of("images", image_id, "pin"))
     session.show(document, f"Image {image_id} is not pinned.")
 
 
@@ -156,7 +157,7 @@ def export_bootset(session: Session, image_id: str, file: Path) -> None:
     """Write the boot set of an image to FILE, to lie beside its index as NAME.bootset."""
     from stratocache.cache import publication
 
-    document = session.client.get(_path(image_id) + "/bootset")
+    document = session.client.get(path_of("images", image_id, "bootset"))
     publication.write(file, json.dumps(document).encode())
     session.show(
         {"image": image_id, "file": str(file), "chunks": len(document["indexes"])},
@@ -183,7 +184,7 @@ def import_bootset(session: Session, image_id: str, file: Path) -> None:
         document = json.loads(boot_sets.read(file))
     except ValueError:
         raise InvalidInput("bootset-invalid", f"{file} is not a boot set.") from None
-    session.client.put(_path(image_id) + "/bootset", document)
+    session.client.put(path_of("images", image_id, "bootset"), document)
     session.show({"image": image_id, "file": str(file)}, f"Image {image_id} has a boot set.")
 
 
@@ -225,7 +226,7 @@ def mount(session: Session, image_id: str, directory: Path, partition: int | Non
     from stratocache.fs.records import READABLE
 
     session.require_local()
-    document = session.client.get(_path(image_id))
+    document = session.client.get(path_of("images", image_id))
     if document["state"] not in READABLE:
         raise Conflict("image-busy", f"Image {image_id} is {document['state']}; try again later.")
     block_file = session.configuration.blocks / "images" / document["id"]
@@ -284,7 +285,3 @@ def _explanation(reference: str, found: "Document") -> Iterator[str]:
     for item in found["candidates"]:
         verdict = "may be used" if item["code"] is None else f"[{item['code']}] {item['message']}"
         yield f"candidate: {plain(item['endorser'])} of {plain(item['endorsed_at'])}: {plain(verdict)}"
-
-
-def _path(image_id: str) -> str:
-    return f"/v1/images/{quote(image_id, safe='')}"

@@ -1,11 +1,10 @@
 """`stratocache instance` and `attachment`: what was launched, and who uses which disk."""
 
-from urllib.parse import quote
-
 import click
 
 from stratocache.api.completion import DISK, IMAGE, INSTANCE
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, json_option
 from stratocache.api.watch import watch_option
 
@@ -24,18 +23,17 @@ def instance() -> None:
 @click.pass_obj
 def ls(session: Session, state: str | None) -> None:
     """List the instances that you may see."""
-    chosen = {} if state is None else {"state": state}
-    session.show_table(
-        "launches",
-        session.client.items("/v1/launches", "launches", **chosen),
+    session.show_list(
+        "/v1/launches",
         {
-            "INSTANCE": lambda item: item["instance"],
-            "STATE": lambda item: item["state"],
-            "REFERENCE": lambda item: item["reference"],
+            "INSTANCE": "instance",
+            "STATE": "state",
+            "REFERENCE": "reference",
             "DISKS": lambda item: len(item["attachments"]),
-            "LEASED UNTIL": lambda item: item["lease_expires_at"],
-            "SINCE": lambda item: item["created_at"],
+            "LEASED UNTIL": "lease_expires_at",
+            "SINCE": "created_at",
         },
+        state=state,
     )
 
 
@@ -46,7 +44,7 @@ def ls(session: Session, state: str | None) -> None:
 @click.pass_obj
 def show(session: Session, name: str) -> None:
     """Show what an instance has; the JSON also has how to reach it."""
-    document = session.client.get(f"/v1/launches/{quote(name, safe='')}")
+    document = session.client.get(path_of("launches", name))
     session.show_fields(document, hidden=("boot", "attachments", "libvirt_xml", "qemu_args"))
 
 
@@ -69,17 +67,16 @@ def attachment() -> None:
 @click.pass_obj
 def list_attachments(session: Session, /, **filters: str | None) -> None:
     """List the attachments that you may see."""
-    chosen = {name: value for name, value in filters.items() if value is not None}
-    session.show_table(
-        "attachments",
-        session.client.items("/v1/attachments", "attachments", **chosen),
+    session.show_list(
+        "/v1/attachments",
         {
-            "INSTANCE": lambda item: item["instance"],
-            "ROLE": lambda item: item["role"],
-            "ACCESS": lambda item: item["access"],
+            "INSTANCE": "instance",
+            "ROLE": "role",
+            "ACCESS": "access",
             "STATE": lambda item: "problem" if item["problem"] else item["state"],
             "DISK OR IMAGE": lambda item: item["disk_uuid"] or item["image_id"],
-            "OWNER": lambda item: item["owner"],
-            "PORTAL": lambda item: item["portal"],
+            "OWNER": "owner",
+            "PORTAL": "portal",
         },
+        **filters,
     )

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
@@ -19,6 +18,7 @@ from stratocache.api.attachment_commands import (
 )
 from stratocache.api.completion import DISK, IMAGE, INSTANCE
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, SizeType, json_option
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def launch(
     document = session.client.begin("/v1/launches", body)
     if "attachments" not in document:
         session.follow(document, "launch")
-        document = session.client.get(_path(wanted["instance"]))
+        document = session.client.get(path_of("launches", wanted["instance"]))
     if runner == "qemu":
         _run(session, document, qemu_command(document["qemu_args"], memory, accel, qmp))
     elif session.as_json:
@@ -120,10 +120,10 @@ def _summarise(session: Session, document: "Document") -> None:
         "attachments",
         document["attachments"],
         {
-            "ROLE": lambda item: item["role"],
-            "ACCESS": lambda item: item["access"],
+            "ROLE": "role",
+            "ACCESS": "access",
             "DISK OR IMAGE": lambda item: item["disk_uuid"] or item["image_id"],
-            "URL": lambda item: item["iscsi_url"],
+            "URL": "iscsi_url",
         },
     )
 
@@ -135,7 +135,7 @@ def _run(session: Session, document: "Document", command: Sequence[str]) -> None
     try:
         status = subprocess.run(command, check=False).returncode
     finally:
-        session.remove(_path(document["instance"]), "halt")
+        session.remove(path_of("launches", document["instance"]), "halt")
     if status != 0:
         raise Internal("qemu-failed", f"{_QEMU} ended with status {status}.")
 
@@ -180,7 +180,7 @@ def _pluggable(qmp: Path) -> list[str]:
 def halt(session: Session, instance: str, failed: bool, epoch: int | None) -> None:
     """Detach all disks of an instance and delete its volatile ones."""
     parameters = {**epoch_parameter(epoch), **({"outcome": "failed"} if failed else {})}
-    session.remove(_path(instance), "halt", **parameters)
+    session.remove(path_of("launches", instance), "halt", **parameters)
     session.show({"halted": instance}, f"Instance {instance} is halted.")
 
 
@@ -197,10 +197,6 @@ def halt(session: Session, instance: str, failed: bool, epoch: int | None) -> No
 def lease(session: Session, instance: str, lease_s: int | None, epoch: int | None) -> None:
     """Renew the lease of an instance, for as long as last time unless you say so."""
     document = session.client.put(
-        f"{_path(instance)}/lease", lease_body(lease_s), **epoch_parameter(epoch)
+        path_of("launches", instance, "lease"), lease_body(lease_s), **epoch_parameter(epoch)
     )
     session.show(document, f"Instance {instance} is leased until {document['lease_expires_at']}.")
-
-
-def _path(instance: str) -> str:
-    return f"/v1/launches/{quote(instance, safe='')}"

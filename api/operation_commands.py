@@ -1,12 +1,12 @@
 """`stratocache operation`: work under way, and work that has ended."""
 
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import click
 
 from stratocache.api.completion import OPERATION
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, json_option
 from stratocache.api.watch import watch_option
 
@@ -34,18 +34,17 @@ def operation() -> None:
 @click.pass_obj
 def ls(session: Session, state: str | None) -> None:
     """List operations, oldest first."""
-    chosen = {} if state is None else {"state": state}
-    session.show_table(
-        "operations",
-        session.client.items("/v1/operations", "operations", **chosen),
+    session.show_list(
+        "/v1/operations",
         {
-            "ID": lambda item: item["id"],
-            "KIND": lambda item: item["kind"],
-            "STATE": lambda item: item["state"],
+            "ID": "id",
+            "KIND": "kind",
+            "STATE": "state",
             "PROGRESS": _progress,
-            "SUBJECT": lambda item: item["subject"],
+            "SUBJECT": "subject",
             "ERROR": lambda item: (item["error"] or {}).get("code"),
         },
+        state=state,
     )
 
 
@@ -68,7 +67,7 @@ def _progress(item: "Document") -> str | None:
 @click.pass_obj
 def show(session: Session, operation_id: str) -> None:
     """Show one operation."""
-    session.show_fields(session.client.get(_path(operation_id)))
+    session.show_fields(session.client.get(path_of("operations", operation_id)))
 
 
 @operation.command(
@@ -81,9 +80,5 @@ def show(session: Session, operation_id: str) -> None:
 @click.pass_obj
 def cancel(session: Session, operation_id: str) -> None:
     """Stop an operation and undo what it began."""
-    ended = session.client.delete(_path(operation_id), wait=60)
+    ended = session.client.delete(path_of("operations", operation_id), wait=60)
     session.show(ended, f"Operation {operation_id} is {ended['state']}.")
-
-
-def _path(operation_id: str) -> str:
-    return f"/v1/operations/{quote(operation_id, safe='')}"

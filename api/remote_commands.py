@@ -143,11 +143,11 @@ def ls(session: Session) -> None:
             *(view(item, default=item.name == known.default) for item in known.remotes.values()),
         ],
         {
-            "NAME": lambda item: item["name"],
-            "URL": lambda item: item["url"],
-            "TOKEN": lambda item: item["token"],
-            "FINGERPRINT": lambda item: item["fingerprint"],
-            "DEFAULT": lambda item: item["default"],
+            "NAME": "name",
+            "URL": "url",
+            "TOKEN": "token",
+            "FINGERPRINT": "fingerprint",
+            "DEFAULT": "default",
         },
     )
 

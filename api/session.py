@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from stratocache.cache.errors import StratocacheError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Column = str | Callable[[Any], Any]
+"""What a table shows of an item: the field of this name, or what this makes of the item."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # would steer a terminal or break a line
 
@@ -127,14 +129,21 @@ class Session:
                 value = json.dumps(value)
             click.echo(f"{name}: {plain(value)}")
 
+    def show_list(self, path: str, columns: Mapping[str, Column], **parameters: str | None) -> None:
+        """Write every item of a list of the daemon; parameters of its query that are None do not
+        count."""
+        name = path.rpartition("/")[2]
+        chosen = {key: value for key, value in parameters.items() if value is not None}
+        self.show_table(name, self.client.items(path, name, **chosen), columns)
+
     def show_table(
-        self, name: str, items: "Sequence[Document]", columns: Mapping[str, Callable[[Any], Any]]
+        self, name: str, items: "Sequence[Document]", columns: Mapping[str, Column]
     ) -> None:
         """Write a list: as JSON, as a table on a terminal, else as lines with tabs."""
         if self.as_json:
             click.echo(json.dumps({name: list(items)}, indent=2))
             return
-        rows = [[plain(cell(item)) for cell in columns.values()] for item in items]
+        rows = [[plain(_cell(item, column)) for column in columns.values()] for item in items]
         if terminal.is_terminal():
             _show_rich(list(columns), rows)
             return
@@ -158,6 +167,10 @@ class Session:
             click.echo(json.dumps({**record, "exit_status": error.exit_status}), err=True)
         else:
             click.echo(f"error: {plain(error.message)} [{error.code}]", err=True)
+
+
+def _cell(item: "Document", column: Column) -> Any:
+    return item[column] if isinstance(column, str) else column(item)
 
 
 def _show_rich(columns: list[str], rows: list[list[str]]) -> None:

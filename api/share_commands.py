@@ -1,11 +1,10 @@
 """`stratocache disk share` and its kin: who else may use a disk."""
 
-from urllib.parse import quote
-
 import click
 
 from stratocache.api.completion import ACCOUNT, DISK
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, json_option
 
 
@@ -22,7 +21,7 @@ from stratocache.api.session import Session, json_option
 def share(session: Session, uuid: str, user: str, write: bool) -> None:
     """Let a user see, clone, download and attach a disk read-only."""
     access = "write" if write else "read"
-    document = session.client.put(_path(uuid, user), {"access": access})
+    document = session.client.put(path_of("disks", uuid, "shares", user), {"access": access})
     session.show(document, f"Disk {uuid} is shared with {user} ({access}).")
 
 
@@ -33,7 +32,7 @@ def share(session: Session, uuid: str, user: str, write: bool) -> None:
 @click.pass_obj
 def unshare(session: Session, uuid: str, user: str) -> None:
     """Share a disk with a user no longer; what they have attached stays attached."""
-    session.client.delete(_path(uuid, user))
+    session.client.delete(path_of("disks", uuid, "shares", user))
     session.show({"unshared": uuid, "user": user}, f"Disk {uuid} is not shared with {user}.")
 
 
@@ -43,16 +42,11 @@ def unshare(session: Session, uuid: str, user: str) -> None:
 @click.pass_obj
 def shares(session: Session, uuid: str) -> None:
     """List the users that a disk is shared with."""
-    session.show_table(
-        "shares",
-        session.client.items(f"/v1/disks/{quote(uuid, safe='')}/shares", "shares"),
+    session.show_list(
+        path_of("disks", uuid, "shares"),
         {
-            "USER": lambda item: item["user"],
-            "ACCESS": lambda item: item["access"],
-            "SINCE": lambda item: item["created_at"],
+            "USER": "user",
+            "ACCESS": "access",
+            "SINCE": "created_at",
         },
     )
-
-
-def _path(uuid: str, user: str) -> str:
-    return f"/v1/disks/{quote(uuid, safe='')}/shares/{quote(user, safe='')}"

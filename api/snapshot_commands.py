@@ -4,12 +4,12 @@ import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
 from stratocache.api.completion import DISK, SNAPSHOT
 from stratocache.api.examples import examples
+from stratocache.api.resource_path import path_of
 from stratocache.api.session import Session, SizeType, json_option
 from stratocache.api.sizes import format_size
 from stratocache.api.watch import watch_option
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 @click.pass_obj
 def snapshot(session: Session, uuid: str, tag: str) -> None:
     """Keep what a disk is now and write the snapshot's id; the disk may be in use."""
-    document = session.client.post(f"{_path(uuid)}/snapshots", {"tag": tag}, wait=0)
+    document = session.client.post(path_of("disks", uuid, "snapshots"), {"tag": tag}, wait=0)
     if "disk_uuid" not in document:
         done = session.follow(document, "snapshot")
-        document = session.client.get(_path(uuid, done["subject"]))
+        document = session.client.get(path_of("disks", uuid, "snapshots", done["subject"]))
     session.show(document, document["id"])
 
 
@@ -48,17 +48,16 @@ def snapshot(session: Session, uuid: str, tag: str) -> None:
 @click.pass_obj
 def snapshots(session: Session, uuid: str, tag: str | None) -> None:
     """List the snapshots of a disk, oldest first."""
-    chosen = {} if tag is None else {"tag": tag}
-    session.show_table(
-        "snapshots",
-        session.client.items(f"{_path(uuid)}/snapshots", "snapshots", **chosen),
+    session.show_list(
+        path_of("disks", uuid, "snapshots"),
         {
-            "ID": lambda item: item["id"],
-            "STATE": lambda item: item["state"],
+            "ID": "id",
+            "STATE": "state",
             "SIZE": lambda item: format_size(item["size_bytes"]),
-            "TAKEN": lambda item: item["frozen_at"],
-            "TAG": lambda item: item["tag"],
+            "TAKEN": "frozen_at",
+            "TAG": "tag",
         },
+        tag=tag,
     )
 
 
@@ -74,7 +73,7 @@ def snapshots(session: Session, uuid: str, tag: str | None) -> None:
 @click.pass_obj
 def snapshot_rm(session: Session, uuid: str, snapshot_id: str) -> None:
     """Delete a snapshot; other snapshots, clones of it and the disk stay as they are."""
-    session.remove(_path(uuid, snapshot_id), "delete")
+    session.remove(path_of("disks", uuid, "snapshots", snapshot_id), "delete")
     session.show({"deleted": snapshot_id}, f"Snapshot {snapshot_id} is deleted.")
 
 
@@ -89,7 +88,9 @@ def snapshot_rm(session: Session, uuid: str, snapshot_id: str) -> None:
 @click.pass_obj
 def rollback(session: Session, uuid: str, snapshot_id: str) -> None:
     """Let a detached disk be again what it was at SNAPSHOT; what was written since is lost."""
-    operation = session.client.post(f"{_path(uuid, snapshot_id)}/rollback", {}, wait=0)
+    operation = session.client.post(
+        path_of("disks", uuid, "snapshots", snapshot_id, "rollback"), {}, wait=0
+    )
     if operation:
         session.follow(operation, "rollback")
     session.show(
@@ -114,10 +115,10 @@ def resize(session: Session, uuid: str, size_bytes: int) -> None:
     that `launch` prints, say `virsh blockresize DOMAIN vda SIZE` or `block_resize` in the monitor;
     with the kernel's, `iscsiadm -m session --rescan`.
     """
-    document = session.client.patch(_path(uuid), {"size_bytes": size_bytes}, wait=0)
+    document = session.client.patch(path_of("disks", uuid), {"size_bytes": size_bytes}, wait=0)
     if "uuid" not in document:
         session.follow(document, "resize")
-        document = session.client.get(_path(uuid))
+        document = session.client.get(path_of("disks", uuid))
     session.show(document, f"Disk {uuid} has {document['size_bytes']} bytes.")
 
 
@@ -131,9 +132,9 @@ def resize(session: Session, uuid: str, size_bytes: int) -> None:
 @click.pass_obj
 def hydrate(session: Session, uuid: str) -> None:
     """Let a clone be complete, so that it needs no image any more; it may be in use."""
-    operation = session.client.post(f"{_path(uuid)}/hydrate", {}, wait=0)
+    operation = session.client.post(path_of("disks", uuid, "hydrate"), {}, wait=0)
     session.follow(operation, "hydrate")
-    session.show(session.client.get(_path(uuid)), f"Disk {uuid} is complete.")
+    session.show(session.client.get(path_of("disks", uuid)), f"Disk {uuid} is complete.")
 
 
 @click.command(
@@ -146,7 +147,7 @@ def hydrate(session: Session, uuid: str) -> None:
 @click.pass_obj
 def restore(session: Session, uuid: str) -> None:
     """Take a disk out of quarantine and keep it for good."""
-    document = session.client.post(f"{_path(uuid)}/restore", {})
+    document = session.client.post(path_of("disks", uuid, "restore"), {})
     session.show(document, f"Disk {uuid} is restored.")
 
 
@@ -191,7 +192,7 @@ def save(session: Session, /, uuid: str, output: Path | None, **wanted: Any) -> 
     if output is not None:
         _require_writable(output)
     body = {name: value for name, value in wanted.items() if value is not None}
-    done = session.follow(session.client.post(f"{_path(uuid)}/save", body, wait=0), "save")
+    done = session.follow(session.client.post(path_of("disks", uuid, "save"), body, wait=0), "save")
     result = _result(done)
     if output is not None:
         from stratocache.cache import publication
@@ -214,8 +215,3 @@ def _require_writable(output: Path) -> None:
 def _result(operation: "Document") -> "Document":
     result: Document = operation["result"]
     return result
-
-
-def _path(uuid: str, snapshot_id: str | None = None) -> str:
-    disk = f"/v1/disks/{quote(uuid, safe='')}"
-    return disk if snapshot_id is None else f"{disk}/snapshots/{quote(snapshot_id, safe='')}"

@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
+import manual
 import pytest
 from click.testing import CliRunner
 from support.api_daemon import ROOT, Api, insert_disk, insert_image, serving, standing_in
@@ -16,8 +18,9 @@ from support.lineage import add_snapshot
 from support.terminal import on_terminal
 
 from stratocache.api.command_line import command_line
+from stratocache.api.completion import Known
 from stratocache.cache.configuration import Configuration
-from stratocache.fs import intents
+from stratocache.fs import attachment_intents
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -57,6 +60,25 @@ def offered_at_last(configuration: Configuration, words: str, wanted: list[str])
     deadline = time.monotonic() + 60
     while offered(configuration, words) != wanted:
         assert time.monotonic() < deadline, offered(configuration, words)
+
+
+def with_nothing_named() -> Iterator[list[str]]:
+    """Yield a command line for every place of a name or id, with nothing there."""
+    for page in manual.pages():
+        arguments = [item for item in page.command.params if isinstance(item, click.Argument)]
+        for parameter in page.command.params:
+            if not isinstance(parameter.type, Known):
+                continue
+            if isinstance(parameter, click.Argument):
+                yield [*page.words[1:], *["x"] * arguments.index(parameter), ""]
+            else:
+                yield [*page.words[1:], f"{parameter.opts[-1]}="]
+
+
+@pytest.mark.parametrize("words", list(with_nothing_named()), ids=" ".join)
+def test_nothing_is_not_taken_for_everything(words: list[str]) -> None:
+    """A variable of a shell that is not set names nothing: wrong usage, never all there is."""
+    assert ": It is empty; see " in error(run_alone(*words), 2, "usage")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -123,7 +145,7 @@ def test_ids_are_those_of_the_daemon(configuration: Configuration, api: Api) -> 
     first, second = (insert_disk(api.db, tag="$(reboot)") for _ in range(2))
     snapshot = add_snapshot(api.db, first)
     with serving(configuration), standing_in(api.db):
-        intents.attach(api.db, ROOT, second, instance="vm-1")
+        attachment_intents.attach(api.db, ROOT, second, instance="vm-1")
         offered_at_last(configuration, "disk show ", [first, second])
         offered_at_last(configuration, f"disk rm {second[:20]}", [second])
         offered_at_last(configuration, f"disk rollback {first} ", [snapshot])
