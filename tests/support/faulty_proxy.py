@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from support.web_server import Handler, serving
 
 _TIMEOUT_S = 30
 _HANG_S = 3.0
@@ -190,15 +191,19 @@ FAULTS: dict[str, Fault] = {
 
 @dataclass
 class FaultyProxy:
-    """Requests for the server on `port`; `counts` has the faults so far, "none" too."""
+    """Requests for the server behind `url`; `counts` has the faults so far, "none" too."""
 
     url: str
-    port: int
     counts: Counter[str] = field(default_factory=Counter)
     choose: Callable[[], str | None] = lambda: None
     """Returns the name of the next request's fault; None = it goes through as it is."""
     chance: random.Random = field(default_factory=random.Random)
     """Says what else is left to chance; one request at a time uses it."""
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rpartition(":")[2])
 
     def misbehave(self, seed: int, rate: float) -> None:
         """From now on let each request meet a fault with a probability."""
@@ -217,8 +222,7 @@ def faulty_proxy(target_port: int) -> Iterator[FaultyProxy]:
     stopped = threading.Event()
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    class Faulty(Handler):
         timeout = _TIMEOUT_S
 
         def do_GET(self) -> None:
@@ -233,30 +237,15 @@ def faulty_proxy(target_port: int) -> Iterator[FaultyProxy]:
                 answer.refuse(302, Location="/loop")
             _send(self, answer, stopped)
 
-        def handle(self) -> None:
-            # Clients that hang up are what these tests are about.
-            with suppress(OSError):
-                super().handle()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    port = server.server_address[1]
-    proxy = FaultyProxy(f"http://127.0.0.1:{port}", int(port))
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield proxy
-    finally:
-        stopped.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Faulty) as url:
+        proxy = FaultyProxy(url)
+        try:
+            yield proxy
+        finally:
+            stopped.set()
 
 
-def _forward(handler: BaseHTTPRequestHandler, target_port: int, *, whole: bool) -> Answer:
+def _forward(handler: Handler, target_port: int, *, whole: bool) -> Answer:
     wanted = ("If-Range", "Accept-Encoding") if whole else ("Range", "If-Range", "Accept-Encoding")
     headers = {name: handler.headers[name] for name in wanted if name in handler.headers}
     connection = http.client.HTTPConnection("127.0.0.1", target_port, timeout=_TIMEOUT_S)
@@ -271,7 +260,7 @@ def _forward(handler: BaseHTTPRequestHandler, target_port: int, *, whole: bool) 
     return Answer(answer.status, found, body)
 
 
-def _send(handler: BaseHTTPRequestHandler, answer: Answer, stopped: threading.Event) -> None:
+def _send(handler: Handler, answer: Answer, stopped: threading.Event) -> None:
     stopped.wait(answer.pause_s)
     if answer.cut_after == -1 or answer.raw is not None:
         handler.close_connection = True
@@ -290,7 +279,7 @@ def _send(handler: BaseHTTPRequestHandler, answer: Answer, stopped: threading.Ev
         _hang_up(handler)
 
 
-def _hang_up(handler: BaseHTTPRequestHandler) -> None:
+def _hang_up(handler: Handler) -> None:
     handler.wfile.flush()
     with suppress(OSError):
         handler.connection.shutdown(socket.SHUT_RDWR)

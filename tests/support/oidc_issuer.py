@@ -4,12 +4,13 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from typing import Any
 
 from joserfc import jwt
 from joserfc.jwk import ECKey, Key, OKPKey, RSAKey
+
+from support.web_server import Handler, serving
 
 AUDIENCE = "stratocache"
 _HELD_S_MAX = 60
@@ -65,7 +66,7 @@ def issuing() -> Iterator[Issuer]:
     """Run an issuer until the end of the block."""
     issuer = Issuer()
 
-    class Handler(BaseHTTPRequestHandler):
+    class KeySet(Handler):
         def do_GET(self) -> None:
             issuer.asked += 1
             issuer.answers.wait(_HELD_S_MAX)
@@ -73,19 +74,10 @@ def issuing() -> Iterator[Issuer]:
             self.send_response(500 if issuer.broken else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            with suppress(OSError):  # who asked may have given up
-                self.wfile.write(content)
+            self.wfile.write(content)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        issuer.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with serving(KeySet) as issuer.url:
         try:
             yield issuer
         finally:
             issuer.answers.set()
-            server.shutdown()
-            thread.join()

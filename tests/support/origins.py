@@ -9,11 +9,13 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
+
+from support.web_server import Handler
 
 _PIECE_BYTES = 64 * 1024
 
@@ -124,27 +126,17 @@ def origin_server() -> Iterator[OriginServer]:
         yield server
 
 
-def _handler(server: OriginServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+def _handler(server: OriginServer) -> type[Handler]:
+    class Answering(Handler):
         def do_GET(self) -> None:
             _answer(self, server)
 
         do_HEAD = do_GET
 
-        def handle(self) -> None:
-            # Clients that hang up are what these tests are about.
-            with suppress(ConnectionError):
-                super().handle()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    return Handler
+    return Answering
 
 
-def _answer(handler: BaseHTTPRequestHandler, server: OriginServer) -> None:
+def _answer(handler: Handler, server: OriginServer) -> None:
     request = Request(
         handler.command, handler.path, handler.headers["Range"], handler.headers["If-Range"]
     )
@@ -199,16 +191,14 @@ def _content(
     return 206, headers, body
 
 
-def _send_head(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
+def _send_head(handler: Handler, status: int, headers: dict[str, str]) -> None:
     handler.send_response(status)
     for name, text in headers.items():
         handler.send_header(name, text)
     handler.end_headers()
 
 
-def _send_body(
-    handler: BaseHTTPRequestHandler, request: Request, body: memoryview, fault: Fault
-) -> None:
+def _send_body(handler: Handler, request: Request, body: memoryview, fault: Fault) -> None:
     stop = len(body) if fault.cut_after_bytes is None else fault.cut_after_bytes
     try:
         _write(handler, request, body[:stop])
@@ -221,7 +211,7 @@ def _send_body(
         handler.close_connection = True  # the client went away
 
 
-def _write(handler: BaseHTTPRequestHandler, request: Request, data: memoryview) -> None:
+def _write(handler: Handler, request: Request, data: memoryview) -> None:
     for start in range(0, len(data), _PIECE_BYTES):
         piece = data[start : start + _PIECE_BYTES]
         handler.wfile.write(piece)

@@ -4,12 +4,10 @@ import gzip
 import hashlib
 import random
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from stratocache.cache import publication
@@ -18,6 +16,7 @@ from stratocache.cache.identifier import encode
 from stratocache.cache.indexing import index_image
 from stratocache.cache.publication import Description
 from support.documents import EMAIL, make_endorser, shelve
+from support.web_server import Handler, begin_file, serving
 
 _PIECE_BYTES = 64 * 1024
 
@@ -120,46 +119,17 @@ def publish_file(
 def slow_origin(folder: Path, bytes_per_s: int) -> Iterator[str]:
     """Serve the files of a folder over HTTP with ranges, at a limited rate; yields the base URL."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Slow(Handler):
         def do_GET(self) -> None:
-            path = folder / self.path.lstrip("/")
-            if not path.is_file():
-                self.send_error(404)
+            found = begin_file(self, folder)
+            if found is None:
                 return
-            data = path.read_bytes()
-            wanted = self.headers.get("Range", "")
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, end = int(first or 0), min(int(last or len(data)) + 1, len(data))
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(end - start))
-            self.send_header("ETag", '"one"')
-            if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-            self.end_headers()
-            for offset in range(start, end, _PIECE_BYTES):
-                time.sleep(_PIECE_BYTES / bytes_per_s)
-                try:
-                    self.wfile.write(data[offset : min(offset + _PIECE_BYTES, end)])
-                except OSError:
-                    return
+            path, start, end = found
+            with path.open("rb") as file:
+                file.seek(start)
+                for offset in range(start, end, _PIECE_BYTES):
+                    time.sleep(_PIECE_BYTES / bytes_per_s)
+                    self.wfile.write(file.read(min(_PIECE_BYTES, end - offset)))
 
-        def handle(self) -> None:
-            # Clients that are killed are what these tests are about.
-            with suppress(OSError):
-                super().handle()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Slow) as url:
+        yield url

@@ -2,9 +2,10 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
+
+from support.web_server import Handler, begin_file, serving
 
 _PIECE_BYTES = 64 * 1024
 
@@ -46,51 +47,22 @@ def sluice(folder: Path, held: str, open_bytes: int) -> Iterator[Sluice]:
     """Run the server for the time of a `with` block."""
     gate = Sluice(folder, held, open_bytes)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Gated(Handler):
         def do_GET(self) -> None:
             _answer(self, gate)
 
-        def handle(self) -> None:
-            # Clients that wait in vain hang up, and come again.
-            with suppress(OSError):
-                super().handle()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    gate.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield gate
-    finally:
-        gate.close()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Gated) as gate.url:
+        try:
+            yield gate
+        finally:
+            gate.close()
 
 
-def _answer(handler: BaseHTTPRequestHandler, gate: Sluice) -> None:
-    path = gate.folder / handler.path.lstrip("/")
-    if not path.is_file():
-        handler.send_response(404)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
+def _answer(handler: Handler, gate: Sluice) -> None:
+    found = begin_file(handler, gate.folder)
+    if found is None:
         return
-    size = path.stat().st_size
-    wanted = handler.headers.get("Range", "")
-    first, _, last = wanted.removeprefix("bytes=").partition("-")
-    start, end = int(first or 0), min(int(last or size) + 1, size)
-    handler.send_response(206 if wanted else 200)
-    handler.send_header("Content-Length", str(end - start))
-    handler.send_header("ETag", '"one"')
-    if wanted:
-        handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
-    handler.end_headers()
+    path, start, end = found
     with path.open("rb") as file:
         file.seek(start)
         while start < end:
