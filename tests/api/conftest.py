@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.api_daemon import Api, Requests, configured
+from support.api_daemon import Api, Requests, configured, serving
 
 from stratocache.cache.configuration import Configuration
 
@@ -24,6 +24,16 @@ def api(configuration: Configuration) -> Iterator[Api]:
     made = Api(configuration)
     yield made
     made.db.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """A real API process for all tests of a module, and the application on its database."""
+    with configured(tmp_path_factory.mktemp("state")) as made:
+        shared = Api(made)
+        with serving(made):
+            yield shared
+        shared.db.close()
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from support.api_daemon import Api, configured, insert_disk, serving
+from support.api_daemon import Api, insert_disk
 from support.command_line import error
 from support.network_client import PASSWORD
 from support.terminal import on_terminal
@@ -23,20 +23,16 @@ pytestmark = pytest.mark.root  # callers are root, or are made from root
 Run = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Configuration]:
-    """A daemon for all tests here; each has its own accounts."""
-    with configured(tmp_path_factory.mktemp("state")) as made:
-        yield made
+@pytest.fixture
+def configuration(daemon: Api) -> Configuration:
+    """That of the daemon that all tests here share; each has its own accounts."""
+    return daemon.configuration
 
 
-@pytest.fixture(scope="module")
-def api(configuration: Configuration) -> Iterator[Api]:
+@pytest.fixture
+def api(daemon: Api) -> Api:
     """Its database."""
-    made = Api(configuration)
-    with serving(configuration):
-        yield made
-    made.db.close()
+    return daemon
 
 
 @pytest.fixture

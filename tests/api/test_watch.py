@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.api_daemon import ROOT, Api, configured, end_badly, insert_disk, serving
+from support.api_daemon import ROOT, Api, end_badly, insert_disk
 from support.command_line import line_of, piping
 from support.terminal import Terminal, on_terminal
 
@@ -20,20 +20,10 @@ from stratocache.fs import intents
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
 
-@pytest.fixture(scope="module")
-def configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Configuration]:
-    """The directories of a daemon for all tests here."""
-    with configured(tmp_path_factory.mktemp("state")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def daemon(configuration: Configuration) -> Iterator[Api]:
-    """Its process and its database."""
-    made = Api(configuration)
-    with serving(configuration):
-        yield made
-    made.db.close()
+@pytest.fixture
+def configuration(daemon: Api) -> Configuration:
+    """That of the daemon that all tests here share."""
+    return daemon.configuration
 
 
 @pytest.fixture
