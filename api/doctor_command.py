@@ -18,7 +18,8 @@ from stratocache.api.session import Session, json_option
 @click.pass_context
 def doctor(context: click.Context) -> None:
     """Check this host and say how to mend it; exits 1 when something fails."""
-    from stratocache.api.doctor import Verdict, examine
+    from stratocache.api.doctor import examine
+    from stratocache.api.judgement import Verdict
 
     session = context.ensure_object(Session)
     findings = examine(session.configuration)

@@ -11,14 +11,9 @@ from click.testing import CliRunner
 
 from stratocache import __version__
 from stratocache.api.command_line import command_line
-from stratocache.api.doctor import (
-    Finding,
-    Verdict,
-    clock_finding,
-    examine,
-    kernel_finding,
-    lio_finding,
-)
+from stratocache.api.doctor import Finding, examine
+from stratocache.api.host_checks import judge_clock, judge_kernel, judge_lio
+from stratocache.api.judgement import Verdict
 from stratocache.cache.configuration import Configuration, IscsiSettings, SpaceSettings
 from stratocache.fs.listener import listen
 from stratocache.fs.pool import Pool
@@ -85,11 +80,11 @@ def test_wrong_tgtd_is_named(configuration: Configuration) -> None:
 
 def test_kernel_target_is_judged_by_its_modules(configuration: Configuration) -> None:
     """With LIO it is not tgtd that counts, and what the kernel lacks is named with a way out."""
-    lacking = lio_finding("tgtd", "6.1.0", ["iscsi_target_mod"])
+    lacking = judge_lio("6.1.0", ["iscsi_target_mod"])
     assert lacking.verdict is Verdict.FAIL
     assert "iscsi_target_mod" in lacking.detail
     assert 'iscsi.backend = "tgt"' in lacking.mend
-    assert lio_finding("tgtd", "6.1.0", []).verdict is Verdict.OK
+    assert judge_lio("6.1.0", []).verdict is Verdict.OK
     chosen = IscsiSettings(backend="lio", tgtd="tgtd-of-mine")
     finding = found(configuration.model_copy(update={"iscsi": chosen}), "tgtd")
     assert "LIO" in finding.detail
@@ -109,14 +104,14 @@ def test_kernel_target_is_judged_by_its_modules(configuration: Configuration) ->
 )
 def test_kernel_is_judged_by_what_it_enables(release: str, verdict: Verdict) -> None:
     """Linux 6.9 re-sends FUSE requests; older ones work with reconnects; ancient ones do not."""
-    assert kernel_finding("kernel", release).verdict is verdict
+    assert judge_kernel(release).verdict is verdict
 
 
 def test_clock_is_judged() -> None:
     """A clock in the past fails, one that nobody sets is a warning."""
-    assert clock_finding("clock", 0, synchronised=True).verdict is Verdict.FAIL
-    assert clock_finding("clock", 1.8e9, synchronised=False).verdict is Verdict.WARN
-    assert clock_finding("clock", 1.8e9, synchronised=True).verdict is Verdict.OK
+    assert judge_clock(0, synchronised=True).verdict is Verdict.FAIL
+    assert judge_clock(1.8e9, synchronised=False).verdict is Verdict.WARN
+    assert judge_clock(1.8e9, synchronised=True).verdict is Verdict.OK
 
 
 def test_state_directory_is_judged(configuration: Configuration, tmp_path: Path) -> None:

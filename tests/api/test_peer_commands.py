@@ -10,7 +10,9 @@ from support.command_line import error, run_alone
 from support.peer_hosts import HOST, FalsePeer, Site, answer
 
 from stratocache.api.certificates import is_issued_by, remaining_days
-from stratocache.api.doctor import Verdict, examine, peers_finding
+from stratocache.api.doctor import examine
+from stratocache.api.judgement import Verdict
+from stratocache.api.service_checks import judge_peers
 from stratocache.cache.configuration import Configuration, PeersSettings
 from stratocache.cache.errors import StratocacheError
 from stratocache.cache.peer_token import TOKEN
@@ -90,7 +92,7 @@ def _configuration(tmp_path: Path, settings: PeersSettings) -> Configuration:
 def _fault(tmp_path: Path, settings: PeersSettings) -> str:
     """Return the code of what makes the check a FAIL."""
     with pytest.raises(StratocacheError) as raised:
-        peers_finding("peers", _configuration(tmp_path, settings))
+        judge_peers(_configuration(tmp_path, settings))
     return raised.value.code
 
 
@@ -100,7 +102,7 @@ def test_doctor_checks_the_files_of_peers(tmp_path: Path) -> None:
     site = Site(tmp_path / "site")
     listening = {"listen": HOST, "port": 8461}
     for settings in (PeersSettings(), site.settings(**listening)):
-        assert peers_finding("peers", _configuration(tmp_path, settings)).verdict is Verdict.OK
+        assert judge_peers(_configuration(tmp_path, settings)).verdict is Verdict.OK
     stranger = Site(tmp_path / "stranger").settings()
     mixed = {**listening, "certificate_file": stranger.certificate_file}
     assert _fault(tmp_path, site.settings(**mixed)) == "peer-files-unusable"
@@ -134,7 +136,7 @@ def test_doctor_asks_peers(tmp_path: Path) -> None:
     ):
         hosts = (refusing.name, "127.0.0.1:9", serving.name)
         settings = site.settings(hosts=hosts, timeout_s=8)
-        found = peers_finding("peers", _configuration(tmp_path, settings))
+        found = judge_peers(_configuration(tmp_path, settings))
     assert found.verdict is Verdict.WARN and found.mend
     assert "does not accept our token" in found.detail
     assert "127.0.0.1:9): the connection failed" in found.detail

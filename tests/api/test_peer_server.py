@@ -14,8 +14,9 @@ from support.api_daemon import Api, problem
 from support.lazy import entry_of, manifest_of, some_image
 from support.peer_hosts import HOST, PeerHost, Site
 
-from stratocache.api.doctor import Verdict, peers_finding
+from stratocache.api.judgement import Verdict
 from stratocache.api.peer_ration import PeerRation
+from stratocache.api.service_checks import judge_peers
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Unreachable
 from stratocache.fs.peer_record import PeerService, add_service, peer_service
@@ -161,7 +162,7 @@ def test_what_was_given_is_counted(host: PeerHost, site: Site) -> None:
 def test_doctor_is_content_with_a_peer_that_serves(host: PeerHost, site: Site) -> None:
     """A host that serves peers, and knows the token, is fine."""
     settings = site.settings(hosts=(host.name,), timeout_s=8)
-    found = peers_finding("peers", host.configuration.model_copy(update={"peers": settings}))
+    found = judge_peers(host.configuration.model_copy(update={"peers": settings}))
     assert found.verdict is Verdict.OK and host.name in found.detail
 
 

@@ -25,8 +25,9 @@ from support.network_client import (
     speak,
 )
 
-from stratocache.api.doctor import Verdict, network_finding
+from stratocache.api.judgement import Verdict
 from stratocache.api.revocation import RevocationLists
+from stratocache.api.service_checks import judge_network
 from stratocache.api.web_certificate import ensure_certificate, fingerprint
 from stratocache.cache.configuration import ApiSettings, Configuration
 from stratocache.cache.errors import Unreachable
@@ -204,7 +205,7 @@ def test_nobody_gets_in_when_it_is_not_known_who_was_revoked(
             assert answer.status_code == 503
             assert answer.json()["code"] == f"revocation-list-{code}"
             assert str(lists) in answer.json()["detail"]
-            found = network_finding("network", web.configuration)
+            found = judge_network(web.configuration)
             assert found.verdict is Verdict.FAIL
             assert str(lists) in found.detail
         lists.unlink()
@@ -258,15 +259,15 @@ def test_doctor_judges_what_is_served(
     """What will be made at the first start is fine, no account yet is said, a certificate that ends
     soon or a wrong key is a fault."""
     plain = with_network(configuration)
-    assert network_finding("network", configuration).detail == "not served"
-    assert network_finding("network", plain).verdict is Verdict.OK
+    assert judge_network(configuration).detail == "not served"
+    assert judge_network(plain).verdict is Verdict.OK
     plain.first_token_file.write_text("sct_")
-    assert "no account" in network_finding("network", plain).detail
+    assert "no account" in judge_network(plain).detail
     certificate, key = authority.issue("short")
     other = authority.issue("other")
     for files, part in (((certificate, key), "valid for 1 days"), ((certificate, other[1]), "key")):
         changes = {"certificate_file": files[0], "key_file": files[1]}
-        found = network_finding("network", with_network(configuration, **changes))
+        found = judge_network(with_network(configuration, **changes))
         assert found.verdict is Verdict.FAIL
         assert part in found.detail
 
