@@ -15,7 +15,7 @@ import falcon
 import falcon.inspect
 
 from stratocache.cache.errors import Internal, Refused
-from stratocache.fs import intents, inventory, rights
+from stratocache.fs import attachment_intents, inventory, launch_intents, operation_intents, rights
 from stratocache.fs.records import ROLES, Caller, Role, Scope
 from stratocache.fs.state import Database
 
@@ -287,24 +287,24 @@ def _judge_disk(right: str) -> _Judge:
 
 def _judge_attachment(*, ending: bool) -> _Judge:
     def judge(db: Database, caller: Caller, parameters: dict[str, Any]) -> None:
-        intents.own_attachment(db, caller, parameters["attachment_id"], ending=ending)
+        attachment_intents.own_attachment(db, caller, parameters["attachment_id"], ending=ending)
 
     return judge
 
 
 def _judge_launch(*, ending: bool) -> _Judge:
     def judge(db: Database, caller: Caller, parameters: dict[str, Any]) -> None:
-        intents.own_launch(db, caller, parameters["instance"], ending=ending)
+        launch_intents.own_launch(db, caller, parameters["instance"], ending=ending)
 
     return judge
 
 
 def _judge_operation(db: Database, caller: Caller, parameters: dict[str, Any]) -> None:
-    intents.own_operation(db, caller, parameters["operation_id"])
+    operation_intents.own_operation(db, caller, parameters["operation_id"])
 
 
 def _judge_ending(db: Database, caller: Caller, parameters: dict[str, Any]) -> None:
-    operation = intents.own_operation(db, caller, parameters["operation_id"])
+    operation = operation_intents.own_operation(db, caller, parameters["operation_id"])
     scope = _SCOPES_OF_KINDS.get(operation.kind, "disks")
     if scope not in caller.scopes:
         raise _scope_missing(scope)

@@ -1,6 +1,6 @@
 """Accounts: who may come over the network, with which role, quotas and secrets.
 
-Every function that writes is one transaction, as in `stratocache.fs.intents`. Passwords come here
+Every function that writes is one transaction, as in `stratocache.fs.operation_intents`. Passwords come here
 as hashes only, tokens and cookies go to the database as digests only.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 from stratocache.cache import distinguished_name
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
 from stratocache.fs import pages, quotas
-from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller, Role
+from stratocache.fs.rights import require_administrator
 from stratocache.fs.state import Database, later, now
 
 _LOGIN_NOTED_S = 600.0

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stratocache.cache.errors import StratocacheError
-from stratocache.fs.intents import new_secret
+from stratocache.fs.attachment_intents import new_secret
 from stratocache.fs.records import Attachment
 from stratocache.fs.state import Database, record_event
 

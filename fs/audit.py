@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import Caller
+from stratocache.fs.rights import require_administrator
 from stratocache.fs.state import Database, now
 
 _NUMBER_MAX = 2**63 - 1

@@ -6,18 +6,12 @@ from dataclasses import asdict
 
 from stratocache.cache.errors import Conflict, InvalidInput
 from stratocache.fs import content_hold, inventory, quotas
-from stratocache.fs.intents import (
-    add_operation,
-    own_disk,
-    refuse_busy,
-    refuse_fenced,
-    require_administrator,
-    stop_work,
-)
+from stratocache.fs.disk_conditions import own_disk, refuse_busy, refuse_fenced
 from stratocache.fs.migrations import require_settled
+from stratocache.fs.operation_intents import add_operation, stop_work
 from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, Disk, DiskRequest, Operation, Visibility
-from stratocache.fs.rights import require_read
+from stratocache.fs.rights import require_administrator, require_read
 from stratocache.fs.state import Database, now, record_event
 
 

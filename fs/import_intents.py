@@ -10,7 +10,7 @@ from stratocache.cache.entry import Compression
 from stratocache.cache.errors import InvalidInput
 from stratocache.fs import quotas
 from stratocache.fs.content_upload import ContentFormat
-from stratocache.fs.intents import add_operation
+from stratocache.fs.operation_intents import add_operation
 from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, DiskRequest, Operation
 from stratocache.fs.state import Database

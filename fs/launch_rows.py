@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 from stratocache.cache.errors import Conflict, InvalidInput, StratocacheError
-from stratocache.fs import disk_intents, intents, inventory, records
+from stratocache.fs import attachment_intents, disk_conditions, disk_intents, inventory, records
 from stratocache.fs.cache_savings import count_savings
 from stratocache.fs.records import Caller, DiskRequest, Image, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
@@ -94,7 +94,7 @@ def insert_launch(
 ) -> None:
     """Insert the disk and the attachments of a launch.
 
-    Raises what `intents` raises, and `Conflict` (`image-busy`).
+    Raises what the intents of disks and attachments raise, and `Conflict` (`image-busy`).
     """
     authorised = Caller(operation.owner, "admin")  # checked when the launch was asked for
     if inventory.launch(db, request.instance).boot_disk is not None:
@@ -113,7 +113,7 @@ def insert_launch(
     attach("boot", "rw", disk_uuid=uuid)
     for other in request.disks:
         wanted = inventory.disk(db, authorised, other)
-        intents.check_attachable(db, authorised, wanted, "rw")
+        disk_conditions.check_attachable(db, authorised, wanted, "rw")
         attach("disk", "rw", disk_uuid=other)
     _hold(connection, boot)
     count_savings(connection, operation, boot, uuid)
@@ -153,7 +153,7 @@ def _attacher(
     ) -> str:
         nonlocal position
         position += 1
-        return intents.insert_attachment(
+        return attachment_intents.insert_attachment(
             connection, owner, request.instance, role, access, disk_uuid=disk_uuid,
             image_id=image_id, initiator=request.initiator, position=position - 1,
         )  # fmt: skip

@@ -10,13 +10,8 @@ from datetime import UTC, datetime
 
 from stratocache.cache.errors import Conflict
 from stratocache.fs import inventory, records
-from stratocache.fs.intents import (
-    end_launch,
-    own_attachment,
-    own_launch,
-    quarantine,
-    remove_attachment,
-)
+from stratocache.fs.attachment_intents import own_attachment, quarantine, remove_attachment
+from stratocache.fs.launch_intents import end_launch, own_launch
 from stratocache.fs.records import Attachment, Caller, Launch
 from stratocache.fs.state import Database, later, record_event, timestamp
 

@@ -6,13 +6,9 @@ who wants that is told to wait (`require_settled`). See ATTACHMENTS.md.
 
 from stratocache.cache.errors import Conflict
 from stratocache.fs import inventory
-from stratocache.fs.intents import (
-    add_operation,
-    insert_attachment,
-    own_attachment,
-    refuse_busy,
-    remove_attachment,
-)
+from stratocache.fs.attachment_intents import insert_attachment, own_attachment, remove_attachment
+from stratocache.fs.disk_conditions import refuse_busy
+from stratocache.fs.operation_intents import add_operation
 from stratocache.fs.records import Attachment, Caller, Operation
 from stratocache.fs.state import Database
 

@@ -22,7 +22,7 @@ from stratocache.cache.errors import (
     StratocacheError,
 )
 from stratocache.cache.structured_log import ON_BEHALF, OnBehalf
-from stratocache.fs import intents, records
+from stratocache.fs import launch_intents, records
 from stratocache.fs.acquisition import Acquisition, Report
 from stratocache.fs.cache_savings import count_savings
 from stratocache.fs.launch_rows import (
@@ -220,7 +220,7 @@ class Operations:
     ) -> None:
         """Record the disk and the attachments that a launch wants; done once, however often run.
 
-        Raises what `intents` raises, and `Conflict` (`image-busy`).
+        Raises what the intents of disks and attachments raise, and `Conflict` (`image-busy`).
         """
         with self._db.transaction() as connection:
             insert_launch(connection, self._db, operation, request, boot, shared)
@@ -339,7 +339,7 @@ def undo_launch(
     connection: sqlite3.Connection, db: Database, instance: str, error: StratocacheError
 ) -> None:
     """Mark all of a launch for removal; its operation fails once nothing of it is left."""
-    intents.end_launch(connection, db, instance)
+    launch_intents.end_launch(connection, db, instance)
     connection.execute(
         "UPDATE operations SET error = coalesce(error, ?) WHERE kind = 'launch' AND subject = ? "
         "AND state IN ('pending', 'running')",

@@ -38,7 +38,7 @@ from stratocache.cache.provisional_policy import provisional_allowed
 from stratocache.cache.stage import Stage
 from stratocache.fs import inventory, records
 from stratocache.fs.boot_sets import BootSets
-from stratocache.fs.intents import add_operation
+from stratocache.fs.operation_intents import add_operation
 from stratocache.fs.records import READABLE, Caller, Image
 from stratocache.fs.state import Database, now, record_event
 from stratocache.fs.traffic_record import TrafficRecord

@@ -55,3 +55,20 @@ def require_read(db: Database, caller: Caller, disk: Disk) -> Rights:
             "disk-not-yours", f"Disk {disk.uuid} is private to {disk.owner}, who can share it."
         )
     return granted
+
+
+def may_change(caller: Caller, owner: str, *, ending: bool) -> bool:
+    """Tell whether the caller may change, or end, what somebody has asked for."""
+    return caller.name == owner or (caller.operator if ending else caller.administrator)
+
+
+def require_administrator(caller: Caller) -> None:
+    """Raise `Refused` (`not-allowed`) for others than administrators."""
+    if not caller.administrator:
+        raise Refused("not-allowed", "Only administrators may do this.")
+
+
+def require_operator(caller: Caller) -> None:
+    """Raise `Refused` (`not-allowed`) for ordinary users."""
+    if not caller.operator:
+        raise Refused("not-allowed", "Only operators and administrators may do this.")

@@ -21,10 +21,10 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.images import ImageStore
 from stratocache.cache.repair import Repairer
 from stratocache.cache.scrub import Scrub, Tally
-from stratocache.fs.intents import require_operator
 from stratocache.fs.losses import RepairRecord
 from stratocache.fs.manifests import incomplete_manifests, published_manifests
 from stratocache.fs.records import Caller
+from stratocache.fs.rights import require_operator
 from stratocache.fs.state import Database, now, record_event
 
 log = logging.getLogger(__name__)

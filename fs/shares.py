@@ -9,7 +9,7 @@ from typing import Literal
 
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
 from stratocache.fs import inventory, pages
-from stratocache.fs.intents import own_disk
+from stratocache.fs.disk_conditions import own_disk
 from stratocache.fs.pages import Condition, Page
 from stratocache.fs.records import Caller
 from stratocache.fs.rights import rights

@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 from stratocache.cache.errors import Conflict
 from stratocache.fs import content_hold, inventory
-from stratocache.fs.intents import add_operation, own_disk, refuse_busy
+from stratocache.fs.disk_conditions import own_disk, refuse_busy
 from stratocache.fs.migrations import require_settled
+from stratocache.fs.operation_intents import add_operation
 from stratocache.fs.records import Caller, Disk, Operation, SaveRequest, Snapshot
 from stratocache.fs.rights import require_write
 from stratocache.fs.state import Database, now

@@ -13,8 +13,8 @@ from pathlib import Path
 from stratocache.cache.errors import Conflict, NotFound, Refused
 from stratocache.fs import pages
 from stratocache.fs.accounts import Account, account, digest_of, find_account
-from stratocache.fs.intents import require_administrator
 from stratocache.fs.records import SCOPES, Caller, Scope
+from stratocache.fs.rights import require_administrator
 from stratocache.fs.state import Database, later, now
 
 PREFIX = "sct_"

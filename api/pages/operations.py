@@ -9,7 +9,7 @@ from stratocache.api.pages.rendering import Pages
 from stratocache.api.representations import OperationView
 from stratocache.api.resources.operations import OPERATIONS
 from stratocache.cache.entry import Entry
-from stratocache.fs import intents, inventory
+from stratocache.fs import inventory, operation_intents
 from stratocache.fs.records import Operation
 
 _BUSY = ("pending", "running")
@@ -43,7 +43,7 @@ class OperationPage:
 
     def on_get(self, request: falcon.Request, response: falcon.Response, operation_id: str) -> None:
         """Show one operation; of one that resolved a reference, what would be fetched and why."""
-        operation = intents.own_operation(
+        operation = operation_intents.own_operation(
             self._pages.service.db, answers.caller(request), operation_id
         )
         result = operation.result or {}

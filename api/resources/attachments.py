@@ -15,7 +15,7 @@ from stratocache.api.models import (
 )
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
-from stratocache.fs import intents, inventory, leases, migrations
+from stratocache.fs import attachment_intents, inventory, leases, migrations
 from stratocache.fs.records import Attachment, Caller, Operation
 
 ATTACHMENTS = Listing(
@@ -54,7 +54,7 @@ class AttachmentCollection:
         wanted = read_body(request, AttachmentCreation)
         caller = answers.caller(request)
         operation = self._service.start(
-            intents.attach(
+            attachment_intents.attach(
                 self._service.db,
                 caller,
                 uuid,
@@ -98,7 +98,9 @@ class AttachmentItem:
         epoch, db = query.epoch(request), self._service.db
         self._find(caller, uuid, attachment_id)
         with answers.matching(request, db, lambda: self._shown(caller, uuid, attachment_id)):
-            detachment = intents.detach(db, caller, attachment_id, epoch=epoch, force=force)
+            detachment = attachment_intents.detach(
+                db, caller, attachment_id, epoch=epoch, force=force
+            )
         answers.finish_removal(response, self._service.start(detachment, wait_s))
 
     def on_post_migrate(

@@ -22,13 +22,13 @@ from stratocache.api.models import EvictionRequest, ScrubRequest, read_body
 from stratocache.api.representations import OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.fs import eviction, fetch_account, scrubbing, space_plan
-from stratocache.fs.intents import require_operator
 from stratocache.fs.keep_plan import choose, eviction_plan
 from stratocache.fs.losses import losses
 from stratocache.fs.offline_plan import weaknesses
 from stratocache.fs.peer_record import peer_service, peer_states
 from stratocache.fs.poke import poke
 from stratocache.fs.records import Caller
+from stratocache.fs.rights import require_operator
 
 
 class CacheStatus:

@@ -12,7 +12,7 @@ from stratocache.api.representations import OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
-from stratocache.fs import fetch_account, intents, inventory, local_map
+from stratocache.fs import fetch_account, image_intents, inventory, local_map, rights
 from stratocache.fs.lineage import lineage_of
 from stratocache.fs.records import Caller, Image
 from stratocache.fs.verification import request_verification
@@ -42,7 +42,7 @@ class ImageCollection:
         wait_s = query.wait_seconds(request, default=0)
         wanted = read_body(request, ImageFetch)
         operation = self._service.start(
-            intents.request_fetch(
+            image_intents.request_fetch(
                 self._service.db, answers.caller(request), wanted.reference, pin=wanted.pin
             ),
             wait_s,
@@ -81,7 +81,7 @@ class ImageItem:
         with answers.matching(
             request, db, lambda: ImageView.from_record(inventory.image(db, image_id))
         ):
-            deletion = intents.request_image_deletion(db, caller, image_id)
+            deletion = image_intents.request_image_deletion(db, caller, image_id)
         operation = self._service.start(deletion, wait_s)
         answers.finish_removal(response, operation)
 
@@ -109,7 +109,7 @@ class ImageBootSet:
     def on_put(self, request: falcon.Request, response: falcon.Response, image_id: str) -> None:
         """Take a boot set from elsewhere: 204."""
         query.require_known(request)
-        intents.require_operator(answers.caller(request))
+        rights.require_operator(answers.caller(request))
         image = inventory.image(self._service.db, image_id)
         content = request.bounded_stream.read(bootset.BYTES_MAX + 1)
         indexes = bootset.decode(content, image.size_bytes or 0)
@@ -143,7 +143,7 @@ class ImagePin:
         with answers.matching(
             request, db, lambda: ImageView.from_record(inventory.image(db, image_id))
         ):
-            image = intents.set_pin(db, caller, image_id, pinned)
+            image = image_intents.set_pin(db, caller, image_id, pinned)
         answers.show(response, image_details(self._service, caller, image))
 
 

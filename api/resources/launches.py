@@ -8,7 +8,7 @@ from stratocache.api.listing import Listing
 from stratocache.api.models import LaunchCreation, LeaseRenewal, read_body
 from stratocache.api.service import Service, require_success
 from stratocache.cache.errors import NotFound
-from stratocache.fs import intents, inventory, leases
+from stratocache.fs import inventory, launch_intents, leases
 from stratocache.fs.records import Caller, Launch, LaunchRequest
 
 LAUNCHES = Listing(
@@ -49,7 +49,7 @@ class LaunchCollection:
             lease_s=wanted.lease_s,
         )
         operation = self._service.start(
-            intents.request_launch(self._service.db, caller, launch_request), wait_s
+            launch_intents.request_launch(self._service.db, caller, launch_request), wait_s
         )
         require_success(operation)
         if not operation.finished:
@@ -85,7 +85,7 @@ class LaunchItem:
         failed = query.choice(request, "outcome", "done", "failed") == "failed"
         epoch, db, caller = query.epoch(request), self._service.db, answers.caller(request)
         with answers.matching(request, db, lambda: _shown(self._service, caller, instance)):
-            halting = intents.halt(db, caller, instance, failed=failed, epoch=epoch)
+            halting = launch_intents.halt(db, caller, instance, failed=failed, epoch=epoch)
         operation = self._service.start(halting, wait_s)
         answers.finish_removal(response, operation)
 

@@ -6,7 +6,7 @@ from stratocache.api import answers, query
 from stratocache.api.listing import Listing
 from stratocache.api.representations import OperationView
 from stratocache.api.service import Service
-from stratocache.fs import intents, inventory
+from stratocache.fs import inventory, operation_intents
 
 OPERATIONS = Listing(
     orders=("created_at", "updated_at", "kind", "state"),
@@ -42,7 +42,9 @@ class OperationItem:
         """Show an operation, after its end or `?wait=` seconds, whichever comes first."""
         query.require_known(request, "wait")
         wait_s = query.wait_seconds(request, default=0)
-        operation = intents.own_operation(self._service.db, answers.caller(request), operation_id)
+        operation = operation_intents.own_operation(
+            self._service.db, answers.caller(request), operation_id
+        )
         answers.show(response, OperationView.of(self._service.wait(operation, wait_s)))
 
     def on_delete(
@@ -53,7 +55,7 @@ class OperationItem:
         wait_s = query.wait_seconds(request, default=60)
         caller = answers.caller(request)
         operation = self._service.start(
-            intents.request_cancel(self._service.db, caller, operation_id), wait_s
+            operation_intents.request_cancel(self._service.db, caller, operation_id), wait_s
         )
         if operation.finished:
             answers.show(response, OperationView.of(operation))

@@ -11,8 +11,8 @@ import falcon
 
 from stratocache.api import query
 from stratocache.cache.errors import InvalidInput, NotFound
-from stratocache.fs.intents import require_operator
 from stratocache.fs.records import Caller
+from stratocache.fs.rights import require_operator
 from stratocache.fs.shared_images import SharedImages
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -23,7 +23,7 @@ from support.api_daemon import (
 from stratocache.api import readiness
 from stratocache.api.application import create_app
 from stratocache.cache.configuration import Configuration, IscsiSettings
-from stratocache.fs import intents, inventory
+from stratocache.fs import image_intents, inventory
 from stratocache.fs.records import Caller
 from stratocache.fs.supervisor_status import State, SupervisorStatus, write_status
 
@@ -95,7 +95,7 @@ def test_failed_operation_answers_with_its_error(api: Api, root: Requests) -> No
 
 def test_operation_is_waited_for(api: Api, root: Requests) -> None:
     """?wait= returns as soon as the operation ends, and as it stands when time is over."""
-    operation = intents.request_fetch(api.db, ROOT, IMAGE_ID)
+    operation = image_intents.request_fetch(api.db, ROOT, IMAGE_ID)
     path = f"/v1/operations/{operation.id}"
 
     assert root("GET", path, params={"wait": 0.05}).json["state"] == "pending"
@@ -107,7 +107,7 @@ def test_operation_is_waited_for(api: Api, root: Requests) -> None:
 
 def test_operation_is_cancelled(api: Api, root: Requests) -> None:
     """DELETE asks for the end: 202 while it is coming, 200 when it came."""
-    operation = intents.request_fetch(api.db, ROOT, IMAGE_ID)
+    operation = image_intents.request_fetch(api.db, ROOT, IMAGE_ID)
     path = f"/v1/operations/{operation.id}"
 
     asked = root("DELETE", path, params={"wait": 0})
@@ -122,8 +122,8 @@ def test_operation_is_cancelled(api: Api, root: Requests) -> None:
 
 def test_operations_are_listed_to_their_owner(api: Api, root: Requests, nobody: Requests) -> None:
     """An ordinary user sees their own operations only; filters choose."""
-    ours = intents.request_fetch(api.db, ROOT, "a")
-    theirs = intents.request_fetch(api.db, Caller("nobody", "user"), "b")
+    ours = image_intents.request_fetch(api.db, ROOT, "a")
+    theirs = image_intents.request_fetch(api.db, Caller("nobody", "user"), "b")
 
     listed = root("GET", "/v1/operations").json["operations"]
     assert [item["id"] for item in listed] == [ours.id, theirs.id]
@@ -186,7 +186,7 @@ def test_frozen_supervisor_is_not_ready(api: Api, configuration: Configuration) 
 
 def test_bug_is_hidden_and_locked_database_is_named(api: Api, root: Requests) -> None:
     """An unexpected exception is 500 without its text; a state that does not answer is 503."""
-    operation = intents.request_fetch(api.db, ROOT, "a")
+    operation = image_intents.request_fetch(api.db, ROOT, "a")
     blocker = sqlite3.connect(api.configuration.database, isolation_level=None)
     blocker.execute("DROP TABLE launches")
     blocker.close()

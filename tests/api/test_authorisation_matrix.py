@@ -14,7 +14,7 @@ from support.network_client import Stranger, add_account, stranger
 from stratocache.api.authorisation import RULES, require_rules
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Internal
-from stratocache.fs import intents
+from stratocache.fs import attachment_intents, operation_intents
 from stratocache.fs.disk_intents import insert_disk
 from stratocache.fs.records import ALL_SCOPES, SCOPES, Caller, DiskRequest, Role
 from stratocache.fs.state import now
@@ -101,14 +101,14 @@ class World:
                 (given["snapshot_id"], uuid, SIZE_BYTES, owner, now(), now()),
             )
         if "{attachment_id}" in template:
-            given["attachment_id"] = intents.insert_attachment(
+            given["attachment_id"] = attachment_intents.insert_attachment(
                 connection, owner, f"vm{number}", "disk", "rw", disk_uuid=uuid
             )
             connection.execute("UPDATE attachments SET state = 'ready'")
         return given
 
     def _operation(self, reference: str, owner: str) -> str:
-        operation = intents.add_operation(
+        operation = operation_intents.add_operation(
             self.api.db.connection, Caller(owner, "user"), "fetch", reference, {}
         )
         return operation.id

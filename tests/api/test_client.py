@@ -18,7 +18,7 @@ from stratocache.api.problem import document_of
 from stratocache.api.problem_titles import TITLES
 from stratocache.cache import errors
 from stratocache.cache.configuration import Configuration
-from stratocache.fs import intents
+from stratocache.fs import image_intents
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -117,7 +117,7 @@ def test_lists_are_read_to_their_end(configuration: Configuration, api: Api) -> 
 
 def test_following_survives_a_killed_server(configuration: Configuration, api: Api) -> None:
     """Who waits for an operation does not notice that the API was killed and started again."""
-    operation = intents.request_fetch(api.db, ROOT, "held")
+    operation = image_intents.request_fetch(api.db, ROOT, "held")
     client = Client(configuration.api_socket)
     seen: list[tuple[int, int | None]] = []
     ended: list[str] = []
@@ -146,7 +146,7 @@ def test_following_survives_a_killed_server(configuration: Configuration, api: A
 
 def test_failed_operation_is_raised(configuration: Configuration, api: Api) -> None:
     """Following an operation that failed raises the error that was recorded."""
-    operation = intents.request_fetch(api.db, ROOT, "x")
+    operation = image_intents.request_fetch(api.db, ROOT, "x")
     record = {"category": "Refused", "code": "entry-expired", "message": "It has expired."}
     end_badly(api.db, operation.id, "failed", record)
     with serving(configuration):

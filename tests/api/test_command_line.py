@@ -22,7 +22,7 @@ from stratocache.api.launch_commands import qemu_command
 from stratocache.api.progress import progress_text
 from stratocache.api.session import plain
 from stratocache.cache.configuration import Configuration
-from stratocache.fs import intents, inventory
+from stratocache.fs import image_intents, inventory
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -364,7 +364,7 @@ def test_running_qemu_halts_the_instance_afterwards(api: Api, run: Run) -> None:
 
 def test_operation_commands(api: Api, run: Run) -> None:
     """ls, show and cancel of operations."""
-    operation = intents.request_fetch(api.db, ROOT, "held")
+    operation = image_intents.request_fetch(api.db, ROOT, "held")
 
     assert operation.id in run("operation", "ls", "--state", "pending").stdout
     assert document(run("operation", "show", operation.id, "--json"))["subject"] == "held"

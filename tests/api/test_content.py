@@ -22,7 +22,7 @@ from stratocache.cache.configuration import (
     SpaceSettings,
 )
 from stratocache.cache.errors import Conflict
-from stratocache.fs import disk_intents, intents
+from stratocache.fs import attachment_intents, disk_intents
 from stratocache.fs.records import Caller
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
@@ -227,8 +227,8 @@ def test_format_nobody_has_is_refused(client: httpx.Client, contents: Contents) 
 def test_attached_disk_is_not_downloaded(client: httpx.Client, contents: Contents) -> None:
     """A disk that somebody may write to is refused, naming who; a read-only attachment is fine."""
     written, shared = contents.add(MIB), contents.add(MIB)
-    intents.attach(contents.db, ROOT, written, instance="vm1")
-    intents.attach(contents.db, ROOT, shared, instance="vm2", access="ro")
+    attachment_intents.attach(contents.db, ROOT, written, instance="vm1")
+    attachment_intents.attach(contents.db, ROOT, shared, instance="vm2", access="ro")
 
     assert "vm1" in refused(client.get(url(written)), 409, "disk-attached")
     assert client.get(url(shared)).status_code == 200
@@ -254,7 +254,7 @@ def test_disk_is_held_while_it_is_downloaded(
         assert reader.recv(1024).startswith(b"HTTP/1.1 200")
 
         with pytest.raises(Conflict, match="being downloaded"):
-            intents.attach(contents.db, ROOT, uuid, instance="vm1")
+            attachment_intents.attach(contents.db, ROOT, uuid, instance="vm1")
         with pytest.raises(Conflict, match="being downloaded"):
             disk_intents.delete_disk(contents.db, ROOT, uuid)
         refused(client.put(url(uuid), content=b"x"), 409, "disk-busy")
@@ -437,7 +437,7 @@ def test_qcow2_that_reaches_out_is_refused(
 def test_disk_that_must_not_be_replaced(client: httpx.Client, contents: Contents) -> None:
     """Attached disks and overlays are refused before a byte is taken."""
     attached, overlay = contents.add(MIB), contents.add(MIB)
-    intents.attach(contents.db, ROOT, attached, instance="vm1", access="ro")
+    attachment_intents.attach(contents.db, ROOT, attached, instance="vm1", access="ro")
     insert_image(contents.db)
     contents.db.connection.execute("UPDATE disks SET form = 'overlay' WHERE uuid = ?", (overlay,))
 
@@ -507,7 +507,7 @@ def test_killed_server_holds_nothing(contents: Contents, configuration: Configur
             os.kill(pid, 9)
     _wait_until_free(contents.path(uuid).parent)
 
-    assert intents.attach(contents.db, ROOT, uuid, instance="vm1").kind == "attach"
+    assert attachment_intents.attach(contents.db, ROOT, uuid, instance="vm1").kind == "attach"
 
 
 def test_upload_outlives_client_and_server(

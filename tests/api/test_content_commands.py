@@ -13,7 +13,7 @@ from support.contents import MIB, Contents, allocated_bytes, patchwork, qcow2_of
 from support.relay import Limit, Relay, relay
 
 from stratocache.cache.configuration import Configuration, SpaceSettings
-from stratocache.fs import intents
+from stratocache.fs import attachment_intents
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -160,7 +160,7 @@ def test_download_refuses(contents: Contents, way: Relay, tmp_path: Path) -> Non
     (tmp_path / "there").write_text("mine")
     assert b"[file-exists]" in run(
         way, "download", uuid, str(tmp_path / "there"), status=4).stderr  # fmt: skip
-    intents.attach(contents.db, ROOT, uuid, instance="vm1")
+    attachment_intents.attach(contents.db, ROOT, uuid, instance="vm1")
 
     assert b"[disk-attached]" in run(
         way, "download", uuid, str(tmp_path / "new"), status=4).stderr  # fmt: skip

@@ -12,7 +12,7 @@ from support.api_daemon import IMAGE_ID, ROOT, Api, Requests, insert_disk, perfo
 
 from stratocache.api.resources import events as events_resource
 from stratocache.cache.configuration import ApiSettings, Configuration
-from stratocache.fs import disk_intents, intents
+from stratocache.fs import disk_intents, image_intents
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database, record_event
 
@@ -89,7 +89,7 @@ def test_events_are_whose_the_disk_is(api: Api, root: Requests, nobody: Requests
 def test_fetches_of_one_image_are_each_askers_own(api: Api, nobody: Requests) -> None:
     """Who asks for an image that somebody else asked for before is told of the own request only."""
     for caller in (ROOT, ANNA, ROOT):
-        intents.request_fetch(api.db, caller, IMAGE_ID)
+        image_intents.request_fetch(api.db, caller, IMAGE_ID)
 
     seen = nobody("GET", "/v1/events").json["events"]
     assert [(item["kind"], item["owner"]) for item in seen] == [("fetch.requested", "nobody")]

@@ -19,7 +19,7 @@ from stratocache.api.attachment_views import AttachmentView
 from stratocache.api.command_line import command_line
 from stratocache.api.guest_disk import Handout
 from stratocache.cache.configuration import Configuration, IscsiSettings
-from stratocache.fs import intents, inventory
+from stratocache.fs import attachment_intents, inventory
 from stratocache.fs.records import Caller
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -247,7 +247,9 @@ def test_handout_is_what_a_launcher_gets(api: Api, configuration: Configuration)
     """What is plugged are the node, the device and the secret of the answer, with QMP's types."""
     uuid = insert_disk(api.db)
     initiator = "iqn.2026-11.org.example:host"
-    operation = intents.attach(api.db, ROOT, uuid, instance="vm", access="ro", initiator=initiator)
+    operation = attachment_intents.attach(
+        api.db, ROOT, uuid, instance="vm", access="ro", initiator=initiator
+    )
     attachment = inventory.attachment(api.db, operation.subject)
     secret = api.db.secrets.open(attachment.id, attachment.sealed_secret)
     view = AttachmentView.of(configuration, api.db.secrets, ROOT, attachment, 0).model_dump()

@@ -14,7 +14,7 @@ from support.api_daemon import (
     standing_in,
 )
 
-from stratocache.fs import intents, inventory
+from stratocache.fs import attachment_intents, inventory
 from stratocache.fs.records import Caller
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
@@ -178,7 +178,7 @@ def test_strangers_list_what_they_may_see(api: Api, root: Requests, nobody: Requ
     api.db.connection.execute("UPDATE disks SET visibility = 'public' WHERE uuid = ?", (disks[0],))
     own = insert_disk(api.db, Caller("nobody", "user"))
     assert inventory.find_disk(api.db, own) is not None
-    intents.insert_attachment(
+    attachment_intents.insert_attachment(
         api.db.connection, "nobody", "theirs", "disk", "rw", disk_uuid=own
     )  # fmt: skip
 

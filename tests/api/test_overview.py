@@ -3,7 +3,7 @@
 import pytest
 from support.api_daemon import IMAGE_ID, Api, Requests, insert_disk, insert_image
 
-from stratocache.fs import intents
+from stratocache.fs import attachment_intents, image_intents
 from stratocache.fs.records import Caller
 
 pytestmark = pytest.mark.root
@@ -15,7 +15,7 @@ def test_overview_counts_and_names_what_is_wrong(api: Api, root: Requests) -> No
     disk = insert_disk(api.db, size_bytes=5 * 2**20)
     insert_disk(api.db)
     api.db.connection.execute("UPDATE disks SET problem = 'It is gone.' WHERE uuid = ?", (disk,))
-    fetch = intents.request_fetch(api.db, Caller("root", "admin"), IMAGE_ID)
+    fetch = image_intents.request_fetch(api.db, Caller("root", "admin"), IMAGE_ID)
 
     shown = root("GET", "/v1/overview").json
 
@@ -37,8 +37,10 @@ def test_strangers_see_their_own_part(api: Api, root: Requests, nobody: Requests
     insert_image(api.db)
     disk = insert_disk(api.db)
     api.db.connection.execute("UPDATE disks SET problem = 'It is gone.' WHERE uuid = ?", (disk,))
-    intents.request_fetch(api.db, Caller("root", "admin"), IMAGE_ID)
-    intents.insert_attachment(api.db.connection, "root", "vm", "disk", "rw", disk_uuid=disk)
+    image_intents.request_fetch(api.db, Caller("root", "admin"), IMAGE_ID)
+    attachment_intents.insert_attachment(
+        api.db.connection, "root", "vm", "disk", "rw", disk_uuid=disk
+    )
 
     shown = nobody("GET", "/v1/overview").json
 

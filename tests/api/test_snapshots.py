@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from support.api_daemon import ROOT, Api, Requests, insert_disk, perform, problem, standing_in
 
-from stratocache.fs import intents, snapshot_intents
+from stratocache.fs import attachment_intents, snapshot_intents
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_rollback_answers_when_it_is_done(api: Api, root: Requests) -> None:
     uuid = insert_disk(api.db)
     address = f"/v1/disks/{uuid}/snapshots/{_snapshot(api, uuid)}"
     assert root("POST", f"{address}/rollback").status_code == 204
-    perform(api.db, intents.attach(api.db, ROOT, uuid, instance="vm7"))
+    perform(api.db, attachment_intents.attach(api.db, ROOT, uuid, instance="vm7"))
 
     refused = problem(root("POST", f"{address}/rollback"), 409, "disk-attached")
     assert "vm7" in refused["detail"]

@@ -15,7 +15,7 @@ from support.command_line import line_of, piping
 from support.terminal import Terminal, on_terminal
 
 from stratocache.cache.configuration import Configuration
-from stratocache.fs import intents
+from stratocache.fs import image_intents
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -189,7 +189,7 @@ def test_daemon_is_waited_for(configuration: Configuration, api: Api, tmp_path: 
 
 def test_operations_are_watched_to_their_end(configuration: Configuration, api: Api) -> None:
     """`operation ls --watch` shows how far work is."""
-    operation = intents.request_fetch(api.db, ROOT, "held")
+    operation = image_intents.request_fetch(api.db, ROOT, "held")
     progress = "UPDATE operations SET state = 'running', progress_bytes = ?, total_bytes = 2097152"
     with piping(command(configuration, "operation", "ls")) as process:
         assert line_of(process).startswith("ID\t")

@@ -26,7 +26,7 @@ from trio.testing import MockClock
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.errors import Conflict, NotFound
 from stratocache.cache.images import ImageStore
-from stratocache.fs import disk_intents, intents, inventory, leases, migrations
+from stratocache.fs import attachment_intents, disk_intents, inventory, leases, migrations
 from stratocache.fs.blocks import Blocks
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
@@ -106,7 +106,7 @@ class Histories(RuleBasedStateMachine):
         uuid = self.db.rows("SELECT uuid FROM disks ORDER BY number")[disk]["uuid"]
         name = f"iqn.2026-11.org.example:vm{vm}"
         try:
-            operation = intents.attach(
+            operation = attachment_intents.attach(
                 self.db, ROOT, uuid, instance=f"vm{vm}", access=access,
                 initiator=name if bound else None, lease_s=100 if leased else None,
             )  # fmt: skip
@@ -134,7 +134,7 @@ class Histories(RuleBasedStateMachine):
     def detach(self, index: int, force: bool) -> None:
         """Somebody detaches, which also aborts a migration or ends its source."""
         for item in chosen(self._attachments(), index):
-            intents.detach(self.db, ROOT, item.id, force=force, epoch=item.epoch)
+            attachment_intents.detach(self.db, ROOT, item.id, force=force, epoch=item.epoch)
 
     @rule(index=st.integers(0, 30), force=st.booleans())
     def detach_late(self, index: int, force: bool) -> None:
@@ -144,9 +144,13 @@ class Histories(RuleBasedStateMachine):
             disks = {item.id: item.epoch for item in others}
             for item in others:
                 with pytest.raises(Conflict):
-                    intents.detach(self.db, ROOT, item.id, force=force, epoch=item.epoch - 1)
+                    attachment_intents.detach(
+                        self.db, ROOT, item.id, force=force, epoch=item.epoch - 1
+                    )
             try:
-                intents.detach(self.db, ROOT, key.attachment, force=force, epoch=key.epoch)
+                attachment_intents.detach(
+                    self.db, ROOT, key.attachment, force=force, epoch=key.epoch
+                )
             except NotFound:
                 assert {item.id: item.epoch for item in self._attachments()} == disks
             kept = [item for item in self._attachments() if item.id != key.attachment]

@@ -28,7 +28,7 @@ from support.failing_calls import CODES, FailingCalls
 
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.fs import disk_check, disk_intents, inventory, snapshot_intents, snapshots
-from stratocache.fs.intents import add_operation
+from stratocache.fs.operation_intents import add_operation
 from stratocache.fs.records import DiskRequest, Operation, SaveRequest
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.stack import Layer

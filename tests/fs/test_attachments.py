@@ -12,11 +12,13 @@ from support.disk_daemon import IMAGE, ROOT, DiskHost
 
 from stratocache.cache.errors import Conflict, NotFound, StratocacheError
 from stratocache.fs import (
+    attachment_intents,
     disk_intents,
-    intents,
     inventory,
+    launch_intents,
     leases,
     migrations,
+    operation_intents,
     schema,
     snapshot_intents,
 )
@@ -50,7 +52,7 @@ def disk(host: DiskHost) -> str:
 
 def attach(host: DiskHost, uuid: str, instance: str = "vm1", **options: Any) -> Attachment:
     """Attach a disk and return the attachment, which is ready."""
-    ended = host.end(intents.attach(host.db, ROOT, uuid, instance=instance, **options))
+    ended = host.end(attachment_intents.attach(host.db, ROOT, uuid, instance=instance, **options))
     assert ended.state == "done", ended.error
     return inventory.attachment(host.db, ended.subject)
 
@@ -67,7 +69,7 @@ def move(host: DiskHost, source: Attachment, instance: str = "vm2", **options: A
 def launch(host: DiskHost, instance: str = "vm1", **options: Any) -> str:
     """Launch an instance of the image; return its boot disk."""
     request = LaunchRequest(reference=IMAGE, instance=instance, **options)
-    operation = intents.request_launch(host.db, ROOT, request)
+    operation = launch_intents.request_launch(host.db, ROOT, request)
     runner = Operations(host.db, None, None, lambda: None)  # type: ignore[arg-type]
     runner.record_launch(operation, request, inventory.image(host.db, IMAGE), [])
     assert host.end(operation).state == "done"
@@ -103,16 +105,20 @@ def ids(host: DiskHost) -> list[str]:
 def test_stale_epoch_changes_nothing(host: DiskHost, disk: str) -> None:
     """A detach that means another epoch than the present one is refused, the present one is obeyed."""
     first = attach(host, disk)
-    host.end(intents.detach(host.db, ROOT, first.id))
+    host.end(attachment_intents.detach(host.db, ROOT, first.id))
     second = attach(host, disk)
     assert (first.epoch, second.epoch) == (1, 2)
 
     for force in (False, True):
-        stale = refusal(intents.detach, host.db, ROOT, second.id, epoch=first.epoch, force=force)
+        stale = refusal(
+            attachment_intents.detach, host.db, ROOT, second.id, epoch=first.epoch, force=force
+        )
         assert stale == "epoch-stale"
-    assert refusal(intents.detach, host.db, ROOT, first.id, epoch=1) == "attachment-unknown"
+    assert (
+        refusal(attachment_intents.detach, host.db, ROOT, first.id, epoch=1) == "attachment-unknown"
+    )
     assert inventory.attachment(host.db, second.id) == second
-    host.end(intents.detach(host.db, ROOT, second.id, epoch=2))
+    host.end(attachment_intents.detach(host.db, ROOT, second.id, epoch=2))
     assert ids(host) == []
 
 
@@ -120,15 +126,17 @@ def test_stale_launcher_halts_nothing(host: DiskHost) -> None:
     """Who halts the vm1 of before does nothing to the vm1 that was launched since."""
     launch(host)
     first = inventory.launch(host.db, "vm1")
-    host.end(intents.halt(host.db, ROOT, "vm1", epoch=first.epoch))
+    host.end(launch_intents.halt(host.db, ROOT, "vm1", epoch=first.epoch))
     launch(host)
     second = inventory.launch(host.db, "vm1")
     assert second.epoch > first.epoch
 
-    stale = refusal(intents.halt, host.db, ROOT, "vm1", epoch=first.epoch, failed=True)
+    stale = refusal(launch_intents.halt, host.db, ROOT, "vm1", epoch=first.epoch, failed=True)
     assert stale == "epoch-stale"
     assert inventory.launch(host.db, "vm1") == second
-    assert refusal(intents.halt, host.db, BOB, "vm1", epoch=second.epoch) == "instance-unknown"
+    assert (
+        refusal(launch_intents.halt, host.db, BOB, "vm1", epoch=second.epoch) == "instance-unknown"
+    )
 
 
 def test_every_attachment_has_the_next_epoch(host: DiskHost, disk: str) -> None:
@@ -137,7 +145,7 @@ def test_every_attachment_has_the_next_epoch(host: DiskHost, disk: str) -> None:
     for number in range(3):
         item = attach(host, disk, f"vm{number}", access="ro")
         seen.append(item.epoch)
-        host.end(intents.detach(host.db, ROOT, item.id))
+        host.end(attachment_intents.detach(host.db, ROOT, item.id))
     source = attach(host, disk)
     seen += [source.epoch, move(host, source).epoch]
 
@@ -171,8 +179,8 @@ def test_failed_detach_is_not_forgotten(host: DiskHost, disk: str) -> None:
     gets the disk before it has succeeded."""
     item = attach(host, disk)
     stubborn = Stubborn(host)
-    operation = intents.detach(host.db, ROOT, item.id, force=True)
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-fencing"
+    operation = attachment_intents.detach(host.db, ROOT, item.id, force=True)
+    assert refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-fencing"
     seen = []
     original = stubborn.remove
 
@@ -194,12 +202,14 @@ def test_force_while_detaching_is_a_fencing(host: DiskHost, disk: str) -> None:
     """A forced detach asked for while a normal one is under way answers with that one, and an event
     tells of the end."""
     item = attach(host, disk)
-    first = intents.detach(host.db, ROOT, item.id)
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-attached"
-    again = intents.detach(host.db, ROOT, item.id, force=True)
+    first = attachment_intents.detach(host.db, ROOT, item.id)
+    assert (
+        refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-attached"
+    )
+    again = attachment_intents.detach(host.db, ROOT, item.id, force=True)
 
     assert again.id == first.id
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-fencing"
+    assert refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-fencing"
     host.end(first)
     assert events(host, "attachment.fenced") == [item.id]
 
@@ -220,7 +230,7 @@ def test_lease_that_nobody_renews_ends(host: DiskHost, disk: str) -> None:
 
     expire(host, 121)
     assert refusal(leases.renew_attachment, host.db, ROOT, item.id) == "lease-expired"
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-fencing"
+    assert refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-fencing"
     host.rest()
     assert (ids(host), host.targets.made) == ([], {})
     assert events(host, "lease.expired") == events(host, "attachment.fenced") == [item.id]
@@ -277,7 +287,7 @@ def test_migration_hands_the_disk_over(host: DiskHost, disk: str) -> None:
 
     operation = migrations.complete(host.db, ROOT, new.id)
     assert operation is not None
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm3") == "disk-fencing"
+    assert refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm3") == "disk-fencing"
     host.end(operation)
     assert list(made) == [new.number]
     holder = inventory.attachment(host.db, new.id)
@@ -285,7 +295,9 @@ def test_migration_hands_the_disk_over(host: DiskHost, disk: str) -> None:
     assert migrations.complete(host.db, ROOT, new.id) is None
     assert events(host, "attachment.fenced") == [source.id]
     assert events(host, "attachment.migrated") == [new.id]
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm3") == "disk-attached"
+    assert (
+        refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm3") == "disk-attached"
+    )
 
 
 def test_migration_can_be_aborted(host: DiskHost, disk: str) -> None:
@@ -293,7 +305,7 @@ def test_migration_can_be_aborted(host: DiskHost, disk: str) -> None:
     source = attach(host, disk)
     new = move(host, source)
     log = list(host.targets.log)
-    host.end(intents.detach(host.db, ROOT, new.id))
+    host.end(attachment_intents.detach(host.db, ROOT, new.id))
 
     assert ids(host) == [source.id]
     assert host.targets.log == [*log, "remove"]
@@ -312,7 +324,7 @@ def test_migration_that_nobody_completes_is_undone(host: DiskHost, disk: str) ->
     assert events(host, "migration.expired") == events(host, "attachment.fenced") == [new.id]
 
     second = move(host, source)
-    intents.detach(host.db, ROOT, source.id)
+    attachment_intents.detach(host.db, ROOT, source.id)
     expire(host, 61)
     host.rest()
     assert ids(host) == [second.id]
@@ -325,15 +337,19 @@ def test_third_writer_is_refused(host: DiskHost, disk: str) -> None:
     for other in (source, new):
         code = refusal(migrations.migrate, host.db, ROOT, other.id, instance="vm3", timeout_s=60)
         assert code == "disk-migrating"
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm3") == "disk-attached"
+    assert (
+        refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm3") == "disk-attached"
+    )
     again = migrations.migrate(host.db, ROOT, source.id, instance="vm2", timeout_s=60)
     assert again.subject == new.id
     with pytest.raises(Conflict), host.db.transaction() as connection:
-        intents.insert_attachment(
+        attachment_intents.insert_attachment(
             connection, "root", "vm3", "disk", "rw", disk_uuid=disk, migrates=source.id
         )
     with pytest.raises(Conflict), host.db.transaction() as connection:
-        intents.insert_attachment(connection, "root", "vm3", "disk", "rw", disk_uuid=disk)
+        attachment_intents.insert_attachment(
+            connection, "root", "vm3", "disk", "rw", disk_uuid=disk
+        )
 
 
 def test_disk_does_not_change_while_it_moves(host: DiskHost, disk: str) -> None:
@@ -348,7 +364,7 @@ def test_disk_does_not_change_while_it_moves(host: DiskHost, disk: str) -> None:
         lambda: snapshot_intents.save_disk(host.db, ROOT, disk, SaveRequest(title="x")),
     ):
         assert refusal(ask) == "disk-migrating"
-    intents.detach(host.db, ROOT, source.id)
+    attachment_intents.detach(host.db, ROOT, source.id)
     host.rest()
     (holder,) = inventory.attachments(host.db)
     disk_intents.resize_disk(host.db, ROOT, disk, 3 * MIB)
@@ -376,10 +392,10 @@ def test_boot_disk_moves_with_its_instance(host: DiskHost, instance: str) -> Non
     host.end(operation)
     assert (new.role, host.disk(boot).state) == ("boot", "available")
 
-    host.end(intents.halt(host.db, ROOT, "vm1"))
+    host.end(launch_intents.halt(host.db, ROOT, "vm1"))
     if instance == "vm2":
         assert host.disk(boot).state == "available"
-        host.end(intents.detach(host.db, ROOT, new.id))
+        host.end(attachment_intents.detach(host.db, ROOT, new.id))
     assert inventory.find_disk(host.db, boot) is None
     assert host.targets.made == {}
 
@@ -389,7 +405,7 @@ def test_halt_of_the_source_completes_a_migration(host: DiskHost) -> None:
     boot = launch(host)
     (source,) = inventory.attachments(host.db, instance="vm1")
     new = move(host, source)
-    host.end(intents.halt(host.db, ROOT, "vm1", failed=True))
+    host.end(launch_intents.halt(host.db, ROOT, "vm1", failed=True))
 
     assert ids(host) == [new.id]
     assert (host.disk(boot).state, host.disk(boot).quarantined_at) == ("available", None)
@@ -404,7 +420,7 @@ def test_failed_attach_deletes_no_disk(host: DiskHost, disk: str) -> None:
         raise Conflict("target-busy", "No.")
 
     host.targets.create = create  # type: ignore[method-assign]
-    ended = host.end(intents.attach(host.db, ROOT, disk, instance="vm1"))
+    ended = host.end(attachment_intents.attach(host.db, ROOT, disk, instance="vm1"))
 
     assert (ended.state, (ended.error or {})["code"]) == ("failed", "target-busy")
     assert ids(host) == []
@@ -429,8 +445,8 @@ def test_disk_without_files_is_reported(host: DiskHost, disk: str) -> None:
     host.targets.made.clear()
     host.rest()
     assert host.targets.made == {}
-    host.end(intents.detach(host.db, ROOT, item.id))
-    assert refusal(intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-missing"
+    host.end(attachment_intents.detach(host.db, ROOT, item.id))
+    assert refusal(attachment_intents.attach, host.db, ROOT, disk, instance="vm2") == "disk-missing"
 
     data.with_name("hidden").rename(data)
     host.rest()
@@ -441,7 +457,7 @@ def test_disk_without_files_is_reported(host: DiskHost, disk: str) -> None:
 def test_files_that_vanish_before_an_attach_fail_it(host: DiskHost, disk: str) -> None:
     """An attach that finds no files fails with the reason, and leaves nothing."""
     host.disks().data_path(disk).unlink()
-    ended = host.end(intents.attach(host.db, ROOT, disk, instance="vm1"))
+    ended = host.end(attachment_intents.attach(host.db, ROOT, disk, instance="vm1"))
 
     assert (ended.state, (ended.error or {})["code"]) == ("failed", "disk-missing")
     assert (ids(host), host.targets.made) == ([], {})
@@ -588,7 +604,7 @@ def test_operations_without_subjects_end(host: DiskHost, disk: str) -> None:
     }
     with host.db.transaction() as connection:
         made = {
-            intents.add_operation(connection, ROOT, kind, subject, {}).id: state
+            operation_intents.add_operation(connection, ROOT, kind, subject, {}).id: state
             for (kind, subject), state in wanted.items()
         }
     host.rest()

@@ -14,7 +14,14 @@ from support.keep_daemon import ROOT, KeepDaemon, KeepHost
 from stratocache.cache.catalogue import Standing
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Conflict, InvalidInput, Refused
-from stratocache.fs import cache_check, disk_intents, intents, inventory, withdrawal
+from stratocache.fs import (
+    cache_check,
+    disk_intents,
+    image_intents,
+    inventory,
+    launch_intents,
+    withdrawal,
+)
 from stratocache.fs.eviction import request_eviction
 from stratocache.fs.keep_plan import Candidate, eviction_plan
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
@@ -46,7 +53,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., KeepHost]]:
 
 
 async def _fetch(daemon: KeepDaemon, identifier: str, *, pin: bool = False) -> str:
-    ended = await daemon.end(intents.request_fetch(daemon.db, ROOT, identifier, pin=pin))
+    ended = await daemon.end(image_intents.request_fetch(daemon.db, ROOT, identifier, pin=pin))
     return ended.state if ended.error is None else ended.error["code"]
 
 
@@ -127,10 +134,10 @@ def test_what_is_held_stays_and_is_named(make: Callable[..., KeepHost]) -> None:
         assert await _fetch(daemon, pinned, pin=True) == "done"
         uuid = await _clone(daemon, based)
         request = LaunchRequest(reference=based, instance="vm", readonly=(attached,))
-        launched = await daemon.end(intents.request_launch(daemon.db, ROOT, request))
+        launched = await daemon.end(launch_intents.request_launch(daemon.db, ROOT, request))
         assert launched.state == "done", launched.error
         assert await _fetch(daemon, cold) == "done"
-        ended = await daemon.end(intents.request_fetch(daemon.db, ROOT, wanted))
+        ended = await daemon.end(image_intents.request_fetch(daemon.db, ROOT, wanted))
         assert ended.error is not None
         assert ended.error["code"] == "no-space"
         assert uuid in ended.error["message"] and "pinned" in ended.error["message"]
@@ -165,7 +172,7 @@ def test_shared_chunks_are_counted_once_and_stay(make: Callable[..., KeepHost]) 
     async def fill(daemon: KeepDaemon) -> None:
         for identifier in (*ids, twin):
             assert await _fetch(daemon, identifier) == "done"
-        await daemon.end(intents.request_fetch(daemon.db, ROOT, ids[2], pin=True))
+        await daemon.end(image_intents.request_fetch(daemon.db, ROOT, ids[2], pin=True))
 
     host.run(fill)
     plan = _plan(host)

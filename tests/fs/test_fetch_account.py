@@ -20,7 +20,7 @@ from stratocache.cache.image_reader import ImageReader
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.traffic import Traffic, reading_for
-from stratocache.fs import fetch_account, intents, inventory, traffic_record
+from stratocache.fs import fetch_account, image_intents, inventory, traffic_record
 from stratocache.fs.disk_intents import create_disk
 from stratocache.fs.local_map import local_map
 from stratocache.fs.manifest_sizes import ManifestSizes, shared_bytes
@@ -58,7 +58,7 @@ def _account(host: Host) -> fetch_account.ImageAccount:
 def test_a_whole_fetch_counts_what_moved_and_later_ones_what_they_saved(host: Host) -> None:
     """The fetch that moved the image saved nothing; a clone and a fetch after it saved all of it."""
     host.publish()
-    first = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    first = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         assert (await host.end(first)).state == "done"
@@ -67,7 +67,7 @@ def test_a_whole_fetch_counts_what_moved_and_later_ones_what_they_saved(host: Ho
         await host.record.write()
         assert _account(host).cache_saved_bytes == 0
         create_disk(host.db, ROOT_CALLER, DiskRequest(reference=IDENTIFIER))
-        again = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+        again = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
         await operations.look()
         assert (await host.end(again)).state == "done"
 
@@ -88,7 +88,7 @@ def test_reads_are_hits_or_misses_by_what_they_found(host: Host) -> None:
     hits; readers' bytes are what they got."""
     _publish_index(host)
     host.resource.blocked, host.resource.free = threading.Event(), 1
-    intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def read(reader: ImageReader) -> None:
         with reading_for("1"):
@@ -125,7 +125,7 @@ def test_reads_are_hits_or_misses_by_what_they_found(host: Host) -> None:
 def test_failed_requests_are_counted_by_their_kind(host: Host) -> None:
     """An origin that lacks the file is asked in vain; that is in the account of requests."""
     _publish_index(host)
-    intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
     del host.origin.resources["/image"]
 
     async def script(operations: Operations) -> None:
@@ -234,7 +234,7 @@ def test_shared_space_is_what_others_have_too(tmp_path: Path) -> None:
 def test_sizes_of_manifests_are_known_once_and_go_with_their_images(host: Host) -> None:
     """Each image's is read when it is new; what all would take beyond the chunks is shared."""
     host.publish()
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(_: Operations) -> None:
         await host.end(fetch)
@@ -255,7 +255,7 @@ def test_sizes_of_manifests_are_known_once_and_go_with_their_images(host: Host) 
 def test_the_map_shows_which_part_is_here(host: Host) -> None:
     """Of a complete image all, of one that is coming the chunks that have a file."""
     host.publish()
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(_: Operations) -> None:
         await host.end(fetch)

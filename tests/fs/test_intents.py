@@ -8,7 +8,15 @@ import pytest
 
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused, StratocacheError
-from stratocache.fs import disk_intents, intents, inventory, state
+from stratocache.fs import (
+    attachment_intents,
+    disk_intents,
+    image_intents,
+    inventory,
+    launch_intents,
+    operation_intents,
+    state,
+)
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
 from stratocache.fs.schema import MIGRATIONS
 from stratocache.fs.state import Database, now
@@ -133,10 +141,13 @@ def test_public_disk_is_read_only_for_others(db: Database) -> None:
     """A public disk may be attached read-only by anybody and changed only by its owner."""
     uuid = _disk(db, ALICE, visibility="public")
 
-    assert _code(intents.attach, db, BOB, uuid, instance="vm") == (Refused, "disk-not-yours")
+    assert _code(attachment_intents.attach, db, BOB, uuid, instance="vm") == (
+        Refused,
+        "disk-not-yours",
+    )
     assert _code(disk_intents.update_disk, db, BOB, uuid, tag="mine") == (Refused, "disk-not-yours")
     assert _code(disk_intents.delete_disk, db, BOB, uuid) == (Refused, "disk-not-yours")
-    assert intents.attach(db, BOB, uuid, instance="vm", access="ro").state == "pending"
+    assert attachment_intents.attach(db, BOB, uuid, instance="vm", access="ro").state == "pending"
 
 
 def test_only_administrators_give_disks_away(db: Database) -> None:
@@ -150,20 +161,20 @@ def test_only_administrators_give_disks_away(db: Database) -> None:
 def test_second_read_write_attachment_names_the_holder(db: Database) -> None:
     """A disk attached read-write cannot be attached again, and the holder is named."""
     uuid = _disk(db, ALICE)
-    intents.attach(db, ALICE, uuid, instance="vm1")
+    attachment_intents.attach(db, ALICE, uuid, instance="vm1")
 
     for access in ("rw", "ro"):
         with pytest.raises(Conflict, match="vm1") as caught:
-            intents.attach(db, ALICE, uuid, instance="vm2", access=access)
+            attachment_intents.attach(db, ALICE, uuid, instance="vm2", access=access)
         assert caught.value.code == "disk-attached"
 
 
 def test_same_attachment_asked_again_is_the_same_operation(db: Database) -> None:
     """Asking twice for one attachment makes one attachment."""
     uuid = _disk(db, ALICE)
-    first = intents.attach(db, ALICE, uuid, instance="vm1")
+    first = attachment_intents.attach(db, ALICE, uuid, instance="vm1")
 
-    assert intents.attach(db, ALICE, uuid, instance="vm1").id == first.id
+    assert attachment_intents.attach(db, ALICE, uuid, instance="vm1").id == first.id
     assert len(inventory.attachments(db, disk_uuid=uuid)) == 1
 
 
@@ -176,7 +187,7 @@ def test_concurrent_attaches_have_one_winner(db: Database) -> None:
     def attempt(number: int) -> None:
         barrier.wait()
         try:
-            intents.attach(db, ALICE, uuid, instance=f"vm{number}")
+            attachment_intents.attach(db, ALICE, uuid, instance=f"vm{number}")
             results.append("won")
         except Conflict as error:
             results.append(error.code)
@@ -193,10 +204,10 @@ def test_concurrent_attaches_have_one_winner(db: Database) -> None:
 def test_attached_disk_is_not_deleted(db: Database) -> None:
     """Deleting an attached disk is refused and names the instance; detached it is accepted."""
     uuid = _disk(db, ALICE)
-    attached = intents.attach(db, ALICE, uuid, instance="vm1")
+    attached = attachment_intents.attach(db, ALICE, uuid, instance="vm1")
 
     assert _code(disk_intents.delete_disk, db, ALICE, uuid) == (Conflict, "disk-attached")
-    intents.detach(db, ALICE, attached.subject)
+    attachment_intents.detach(db, ALICE, attached.subject)
     db.connection.execute("DELETE FROM attachments")
     disk_intents.delete_disk(db, ALICE, uuid)
     assert inventory.disk(db, ALICE, uuid).state == "deleting"
@@ -205,9 +216,9 @@ def test_attached_disk_is_not_deleted(db: Database) -> None:
 def test_used_image_is_not_deleted(db: Database) -> None:
     """An image that is pinned, a clone's base or attached stays."""
     _image(db)
-    intents.set_pin(db, ROOT_CALLER, IMAGE, True)
-    assert _code(intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-pinned"
-    intents.set_pin(db, ROOT_CALLER, IMAGE, False)
+    image_intents.set_pin(db, ROOT_CALLER, IMAGE, True)
+    assert _code(image_intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-pinned"
+    image_intents.set_pin(db, ROOT_CALLER, IMAGE, False)
     with db.transaction() as connection:
         disk_intents.insert_disk(
             connection,
@@ -217,13 +228,15 @@ def test_used_image_is_not_deleted(db: Database) -> None:
             base_image=IMAGE,
             base_manifest=IMAGE,
         )
-    assert _code(intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-in-use"
+    assert _code(image_intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-in-use"
     db.connection.execute("DELETE FROM disks")
     with db.transaction() as connection:
-        intents.insert_attachment(connection, "alice", "vm", "readonly", "ro", image_id=IMAGE)
-    assert _code(intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-in-use"
+        attachment_intents.insert_attachment(
+            connection, "alice", "vm", "readonly", "ro", image_id=IMAGE
+        )
+    assert _code(image_intents.request_image_deletion, db, ROOT_CALLER, IMAGE)[1] == "image-in-use"
     db.connection.execute("DELETE FROM attachments")
-    intents.request_image_deletion(db, ROOT_CALLER, IMAGE)
+    image_intents.request_image_deletion(db, ROOT_CALLER, IMAGE)
     assert inventory.image(db, IMAGE).state == "deleting"
 
 
@@ -231,8 +244,8 @@ def test_images_belong_to_administrators(db: Database) -> None:
     """Users can neither pin nor delete an image."""
     _image(db)
 
-    assert _code(intents.set_pin, db, ALICE, IMAGE, True)[1] == "not-allowed"
-    assert _code(intents.request_image_deletion, db, ALICE, IMAGE)[1] == "not-allowed"
+    assert _code(image_intents.set_pin, db, ALICE, IMAGE, True)[1] == "not-allowed"
+    assert _code(image_intents.request_image_deletion, db, ALICE, IMAGE)[1] == "not-allowed"
 
 
 def test_image_is_shared_by_many_instances_once_each(db: Database) -> None:
@@ -240,46 +253,50 @@ def test_image_is_shared_by_many_instances_once_each(db: Database) -> None:
     _image(db)
     with db.transaction() as connection:
         for instance in ("vm1", "vm2"):
-            intents.insert_attachment(connection, "a", instance, "readonly", "ro", image_id=IMAGE)
+            attachment_intents.insert_attachment(
+                connection, "a", instance, "readonly", "ro", image_id=IMAGE
+            )
 
     with pytest.raises(Conflict), db.transaction() as connection:
-        intents.insert_attachment(connection, "a", "vm1", "readonly", "ro", image_id=IMAGE)
+        attachment_intents.insert_attachment(
+            connection, "a", "vm1", "readonly", "ro", image_id=IMAGE
+        )
     assert len(inventory.attachments(db, image_id=IMAGE)) == 2
 
 
 def test_repeated_launch_is_one_launch(db: Database) -> None:
     """The same launch asked again answers with the first; a different one is refused."""
     request = LaunchRequest(reference=IMAGE, instance="vm1")
-    first = intents.request_launch(db, ALICE, request)
+    first = launch_intents.request_launch(db, ALICE, request)
 
-    assert intents.request_launch(db, ALICE, request).id == first.id
+    assert launch_intents.request_launch(db, ALICE, request).id == first.id
     other = LaunchRequest(reference=IMAGE, instance="vm1", size_bytes=1 << 30)
-    assert _code(intents.request_launch, db, ALICE, other) == (Conflict, "instance-exists")
+    assert _code(launch_intents.request_launch, db, ALICE, other) == (Conflict, "instance-exists")
 
 
 def test_launch_with_a_held_disk_is_refused_at_once(db: Database) -> None:
     """A launch that names an attached disk fails before anything is recorded."""
     uuid = _disk(db, ALICE)
-    intents.attach(db, ALICE, uuid, instance="vm1")
+    attachment_intents.attach(db, ALICE, uuid, instance="vm1")
     request = LaunchRequest(reference=IMAGE, instance="vm2", disks=(uuid,))
 
-    assert _code(intents.request_launch, db, ALICE, request)[1] == "disk-attached"
+    assert _code(launch_intents.request_launch, db, ALICE, request)[1] == "disk-attached"
     assert inventory.launches(db) == []
 
 
 def test_operations_of_others_are_unknown(db: Database) -> None:
     """Nobody but its owner or an administrator cancels an operation."""
-    operation = intents.request_fetch(db, ALICE, IMAGE)
+    operation = image_intents.request_fetch(db, ALICE, IMAGE)
 
-    assert _code(intents.request_cancel, db, BOB, operation.id)[1] == "operation-unknown"
-    assert intents.request_cancel(db, ALICE, operation.id).cancel_requested
+    assert _code(operation_intents.request_cancel, db, BOB, operation.id)[1] == "operation-unknown"
+    assert operation_intents.request_cancel(db, ALICE, operation.id).cancel_requested
 
 
 def test_chap_secrets_are_fresh_and_long_enough(db: Database) -> None:
     """Each attachment has its own secret of 12 to 16 characters, as RFC 7143 wants at least 96 bits."""
     first, second = _disk(db, ALICE), _disk(db, ALICE)
     for uuid in (first, second):
-        intents.attach(db, ALICE, uuid, instance="vm1")
+        attachment_intents.attach(db, ALICE, uuid, instance="vm1")
     secrets = [
         db.secrets.open(item.id, item.sealed_secret)
         for item in inventory.attachments(db, instance="vm1")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stratocache.cache.errors import NotFound
-from stratocache.fs import intents
+from stratocache.fs import image_intents
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database
@@ -33,7 +33,7 @@ def _end(db: Database, *operations: str) -> None:
 
 
 def _request(db: Database) -> str:
-    return intents.request_fetch(db, ALICE, "MMZu9WvwKIro-rtBQfDk4PsKO7_").id
+    return image_intents.request_fetch(db, ALICE, "MMZu9WvwKIro-rtBQfDk4PsKO7_").id
 
 
 def test_wait_ends_at_its_limit_or_with_the_operation(db: Database) -> None:

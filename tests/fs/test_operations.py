@@ -11,7 +11,7 @@ import trio
 from support.operation_host import IDENTIFIER, IMAGE, NOW, ROOT_CALLER, Host, operation_host
 from support.origins import Fault
 
-from stratocache.fs import disk_intents, intents, inventory
+from stratocache.fs import disk_intents, image_intents, inventory, launch_intents, operation_intents
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import DiskRequest, LaunchRequest, Operation
 
@@ -26,7 +26,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 def test_many_requests_make_one_download(host: Host) -> None:
     """However many operations want one image, its bytes leave the origin once."""
     host.publish()
-    asked = [intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER) for _ in range(8)]
+    asked = [image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER) for _ in range(8)]
 
     async def script(operations: Operations) -> None:
         for operation in asked:
@@ -40,11 +40,11 @@ def test_many_requests_make_one_download(host: Host) -> None:
 def test_cached_image_needs_no_catalogue(host: Host) -> None:
     """A verified image is used again while its catalogue and its origin are gone."""
     host.publish()
-    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
+    host.run(_ending(host, image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
     (host.folder / "entries").rename(host.folder / "away")
     host.resource.faults.append(Fault(status=404))
 
-    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
+    host.run(_ending(host, image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
 
 
 @pytest.mark.parametrize("reference", ['Çäk"õ', "nowhere:x", "local:" + IDENTIFIER, "a/../b"])
@@ -53,11 +53,11 @@ def test_reference_that_is_none_fails_its_operation_alone(host: Host, reference:
     goes on, also with those that come together."""
     host.publish()
     wrong = [
-        intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(reference, "vm1")),
+        launch_intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(reference, "vm1")),
         disk_intents.create_disk(host.db, ROOT_CALLER, DiskRequest(reference=reference)),
-        intents.request_fetch(host.db, ROOT_CALLER, reference),
+        image_intents.request_fetch(host.db, ROOT_CALLER, reference),
     ]
-    right = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    right = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         assert (await host.end(right)).state == "done"
@@ -74,14 +74,14 @@ def test_reference_that_is_none_fails_its_operation_alone(host: Host, reference:
 def test_cached_image_is_judged_again(host: Host) -> None:
     """An endorser who is no longer trusted refuses the launch of an image that is cached."""
     host.publish()
-    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
+    host.run(_ending(host, image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
     distrusting = host.configuration.catalogues["stratuslab"].model_copy(
         update={"trusted_fingerprints": ("00" * 32,)}
     )
     host.configuration = host.configuration.model_copy(
         update={"catalogues": {"stratuslab": distrusting}}
     )
-    launch = intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, "vm1"))
+    launch = launch_intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, "vm1"))
 
     async def script(operations: Operations) -> None:
         while inventory.launch(host.db, "vm1").state != "ending":
@@ -111,7 +111,9 @@ def test_refusals_leave_nothing(host: Host, fields: dict[str, object], code: str
     """Each fault ends the operation with its own code, and no row, stage, manifest or chunk stays."""
     host.publish(**fields)
 
-    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "failed", code))
+    host.run(
+        _ending(host, image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "failed", code)
+    )
     assert inventory.images(host.db) == []
     assert host.leftovers() == []
 
@@ -120,9 +122,9 @@ def test_missing_image_and_missing_reference_are_told_apart(host: Host) -> None:
     """404 of every location and an identifier that nobody knows have codes of their own."""
     host.publish()
     host.resource.faults.append(Fault(status=404))
-    gone = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    gone = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
     host.run(_ending(host, gone, "failed", "location-not-found"))
-    unknown = intents.request_fetch(host.db, ROOT_CALLER, "A" * 27)
+    unknown = image_intents.request_fetch(host.db, ROOT_CALLER, "A" * 27)
     host.run(_ending(host, unknown, "failed", "reference-unknown"))
 
     assert host.leftovers() == []
@@ -133,11 +135,11 @@ def test_cancelled_fetch_leaves_nothing(host: Host) -> None:
     host.publish()
     held = Fault(cut_after_bytes=100_000, hold=threading.Event())
     host.resource.faults.append(held)
-    operation = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    operation = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         await host.sent(held)
-        intents.request_cancel(host.db, ROOT_CALLER, operation.id)
+        operation_intents.request_cancel(host.db, ROOT_CALLER, operation.id)
         await operations.look()
         ended = await host.end(operation)
         assert ended.state == "cancelled"
@@ -154,15 +156,15 @@ def test_cancelling_one_of_two_keeps_the_flight(host: Host) -> None:
     host.publish()
     held = Fault(cut_after_bytes=100_000, hold=threading.Event())
     host.resource.faults.append(held)
-    first = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
-    second = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    first = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    second = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         assert host.acquisition is not None
         while host.acquisition.statistics().get(IDENTIFIER) != 2:
             await trio.lowlevel.checkpoint()
         await host.sent(held)
-        intents.request_cancel(host.db, ROOT_CALLER, first.id)
+        operation_intents.request_cancel(host.db, ROOT_CALLER, first.id)
         await operations.look()
         assert (await host.end(first)).state == "cancelled"
         assert held.hold is not None
@@ -178,7 +180,7 @@ def test_fetch_goes_on_after_a_restart(host: Host) -> None:
     host.publish()
     held = Fault(cut_after_bytes=4_000_000, hold=threading.Event())
     host.resource.faults.append(held)
-    operation = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    operation = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     part = host.configuration.state_dir / "stage" / IDENTIFIER / "source.part"
 
@@ -209,7 +211,7 @@ def test_launch_records_disk_and_attachments_once(host: Host) -> None:
     """A launch's rows are the same however often its task runs."""
     host.publish()
     request = LaunchRequest(IDENTIFIER, "vm1", readonly=(IDENTIFIER,))
-    operation = intents.request_launch(host.db, ROOT_CALLER, request)
+    operation = launch_intents.request_launch(host.db, ROOT_CALLER, request)
 
     async def script(operations: Operations) -> None:
         while inventory.launch(host.db, "vm1").boot_disk is None or not host.woken:
@@ -227,17 +229,19 @@ def test_launch_records_disk_and_attachments_once(host: Host) -> None:
 def test_launches_of_a_cached_image_are_recorded_together(host: Host) -> None:
     """Once an image is here, a look records all that want it; one that cannot be leaves nothing."""
     host.publish()
-    host.run(_ending(host, intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
+    host.run(_ending(host, image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER), "done"))
     names = ["vm1", "vm2", "vm3"]
     launches = [
-        intents.request_launch(
+        launch_intents.request_launch(
             host.db, ROOT_CALLER,
             LaunchRequest(IDENTIFIER, name, size_bytes=512 if name == "vm2" else None),
         )
         for name in names
     ]  # fmt: skip
     clone = disk_intents.create_disk(host.db, ROOT_CALLER, DiskRequest(reference=IDENTIFIER))
-    absent = intents.request_launch(host.db, ROOT_CALLER, LaunchRequest("local:absent", "vm4"))
+    absent = launch_intents.request_launch(
+        host.db, ROOT_CALLER, LaunchRequest("local:absent", "vm4")
+    )
 
     async def script(operations: Operations) -> None:
         while inventory.launch(host.db, "vm4").state != "ending":

@@ -15,7 +15,14 @@ from support.disk_daemon import IMAGE, ROOT, DiskDaemon, DiskHost
 
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Conflict
-from stratocache.fs import disk_intents, intents, inventory, snapshot_intents
+from stratocache.fs import (
+    attachment_intents,
+    disk_intents,
+    image_intents,
+    inventory,
+    operation_intents,
+    snapshot_intents,
+)
 from stratocache.fs.records import DiskRequest
 
 MIB = 1024**2
@@ -50,7 +57,7 @@ def test_hydrated_disk_needs_no_image(host: DiskHost) -> None:
     host.write(uuid, 3 * MIB + 5, b"written")
     expected = host.content(uuid)
     assert host.end(disk_intents.hydrate_disk(host.db, ROOT, uuid)).state == "done"
-    host.end(intents.request_image_deletion(host.db, ROOT, IMAGE))
+    host.end(image_intents.request_image_deletion(host.db, ROOT, IMAGE))
 
     assert host.content(uuid) == expected
     assert (host.disk(uuid).form, host.disk(uuid).base_manifest) == ("raw", None)
@@ -62,7 +69,7 @@ def test_hydrated_disk_needs_no_image(host: DiskHost) -> None:
 def test_attached_disk_is_switched(host: DiskHost) -> None:
     """An attached overlay is hydrated while it is written; then its target serves the file."""
     uuid = clone(host)
-    host.end(intents.attach(host.db, ROOT, uuid, instance="vm"))
+    host.end(attachment_intents.attach(host.db, ROOT, uuid, instance="vm"))
     operation = disk_intents.hydrate_disk(host.db, ROOT, uuid)
     expected = bytearray(host.content(uuid))
 
@@ -117,7 +124,7 @@ def test_cancelled_hydration_leaves_an_overlay(host: DiskHost) -> None:
     async def cancel(daemon: DiskDaemon) -> None:
         while daemon.blocks.opened_overlay(host.disk(uuid).number) is None:
             await trio.lowlevel.checkpoint()
-        intents.request_cancel(host.db, ROOT, operation.id)
+        operation_intents.request_cancel(host.db, ROOT, operation.id)
         await daemon.rest()
 
     host.run(cancel)

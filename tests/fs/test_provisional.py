@@ -23,7 +23,15 @@ from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Conflict, NotFound, NotVerified, Refused
 from stratocache.cache.repair import Repairer
 from stratocache.cache.scrub import Scrub, Tally
-from stratocache.fs import cache_check, fetch_account, intents, inventory
+from stratocache.fs import (
+    attachment_intents,
+    cache_check,
+    fetch_account,
+    image_intents,
+    inventory,
+    launch_intents,
+    operation_intents,
+)
 from stratocache.fs.keep_plan import eviction_plan
 from stratocache.fs.losses import RepairRecord
 from stratocache.fs.manifests import incomplete_manifests, published_manifests
@@ -90,7 +98,7 @@ async def _state(host: Host, state: str) -> None:
 
 
 def _launch(host: Host, instance: str = "vm1") -> Operation:
-    return intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, instance))
+    return launch_intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, instance))
 
 
 def _launched(host: Host, instance: str = "vm1") -> bool:
@@ -132,7 +140,7 @@ def test_a_launch_does_not_wait_for_the_image(host: Host) -> None:
 def test_a_fetch_waits_for_the_whole(host: Host) -> None:
     """`image fetch` ends with a verified image, and adds no operation beside itself."""
     _publish(host)
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         assert (await host.end(fetch)).state == "done"
@@ -235,11 +243,11 @@ def test_a_stream_that_nobody_wants_any_more_leaves_nothing(host: Host) -> None:
     """Deleting an image in the middle of its stream ends the download and removes what came."""
     held = Fault(cut_after_bytes=len(IMAGE) // 2, hold=threading.Event())
     _stream(host, held)
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         await _state(host, "provisional")
-        intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
+        operation_intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
         await operations.look()
         await _state(host, "deleting")
         assert host.provisional is not None and held.hold is not None
@@ -264,7 +272,7 @@ def test_a_qcow2_image_is_launched_by_ranges_of_its_file(host: Host) -> None:
     identifier = host.publish(
         packed, image_format="qcow2", extra=_index_element(url, hashlib.sha256(index).hexdigest())
     )
-    intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(identifier, "vm1"))
+    launch_intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(identifier, "vm1"))
 
     async def script(operations: Operations) -> None:
         await _recorded(host)
@@ -290,7 +298,7 @@ def _allow(host: Host) -> None:
 
 def _launch_unproven(host: Host) -> Operation:
     request = LaunchRequest(IDENTIFIER, "vm1", provisional=True)
-    return intents.request_launch(host.db, ROOT_CALLER, request)
+    return launch_intents.request_launch(host.db, ROOT_CALLER, request)
 
 
 @pytest.mark.parametrize("compression", ["none", "gz"])
@@ -447,7 +455,7 @@ def test_a_rejected_image_fences_its_disks(host: Host) -> None:
     assert inventory.is_fenced(host.db, disk)
     host.db.connection.execute("UPDATE disks SET state = 'available', form = 'overlay'")
     with pytest.raises(Refused) as caught:
-        intents.attach(host.db, ROOT_CALLER, disk.uuid, instance="vm3", access="ro")
+        attachment_intents.attach(host.db, ROOT_CALLER, disk.uuid, instance="vm3", access="ro")
     assert caught.value.code == "disk-fenced"
     assert list(_chunk_files(host)) == []
     assert len(list((host.configuration.state_dir / "quarantine").iterdir())) == CHUNKS
@@ -469,11 +477,11 @@ def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:
     """An image of which nothing was made goes with the operation that wanted it."""
     _publish(host)
     host.resource.blocked, host.resource.free = threading.Event(), 1
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         await _state(host, "provisional")
-        intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
+        operation_intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
         await operations.look()
         assert (await host.end(fetch)).state == "cancelled"
         await _state(host, "deleting")
@@ -497,7 +505,7 @@ def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
         await _recorded(host)
         await operations.look()
         [fetch] = [item for item in inventory.operations(host.db) if item.kind == "fetch"]
-        intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
+        operation_intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
         await operations.look()
         assert (await host.end(fetch)).state == "cancelled"
         assert host.resource.blocked is not None
@@ -517,7 +525,7 @@ def test_an_incomplete_image_that_a_disk_began_as_stays(host: Host) -> None:
         await _recorded(host)
         host.db.connection.execute("UPDATE disks SET base_manifest = 'a-snapshot'")
         with pytest.raises(Conflict) as caught:
-            intents.request_image_deletion(host.db, ROOT_CALLER, IDENTIFIER)
+            image_intents.request_image_deletion(host.db, ROOT_CALLER, IDENTIFIER)
         assert caught.value.code == "image-in-use"
         assert host.resource.blocked is not None
         host.resource.blocked.set()
@@ -613,7 +621,7 @@ async def _scrubbed(host: Host) -> tuple[int, int, int]:
 def test_a_boot_is_learned_and_fetched_first_elsewhere(host: Host) -> None:
     """What the first launch reads becomes the boot set, in the order of the reads."""
     _publish(host)
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
     wanted = [7, 2, 5]
 
     async def script(operations: Operations) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from stratocache.cache.errors import Refused
-from stratocache.fs import accounts, disk_intents, intents, inventory, quotas
+from stratocache.fs import (
+    accounts,
+    attachment_intents,
+    disk_intents,
+    inventory,
+    launch_intents,
+    quotas,
+)
 from stratocache.fs.accounts import AccountRequest
 from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
@@ -80,21 +87,21 @@ def test_disks_and_attachments_are_counted(db: Database) -> None:
     with refusal("quota-disks"):
         make(db, MIB)
     for instance, disk in zip(("a", "b"), disks, strict=False):
-        intents.attach(db, ANNA, disk, instance=instance)
+        attachment_intents.attach(db, ANNA, disk, instance=instance)
     with refusal("quota-attachments"):
-        intents.attach(db, ANNA, disks[2], instance="c")
+        attachment_intents.attach(db, ANNA, disks[2], instance="c")
     [held] = inventory.attachments(db, disk_uuid=disks[0])
-    intents.detach(db, ANNA, held.id)
-    intents.attach(db, ANNA, disks[2], instance="c")
+    attachment_intents.detach(db, ANNA, held.id)
+    attachment_intents.attach(db, ANNA, disks[2], instance="c")
 
 
 def test_requests_that_can_never_fit_are_refused_at_once(db: Database) -> None:
     """A launch, a clone and a clone of a size that are too much are refused before anything begins."""
     disks = tuple(make(db, MIB) for _ in range(2))
     with refusal("quota-attachments"):
-        intents.request_launch(db, ANNA, LaunchRequest("x" * 27, "vm", disks=disks))
+        launch_intents.request_launch(db, ANNA, LaunchRequest("x" * 27, "vm", disks=disks))
     with refusal("quota-bytes"):
-        intents.request_launch(db, ANNA, LaunchRequest("x" * 27, "vm", size_bytes=9 * MIB))
+        launch_intents.request_launch(db, ANNA, LaunchRequest("x" * 27, "vm", size_bytes=9 * MIB))
     make(db, MIB)
     with refusal("quota-disks"):
         disk_intents.create_disk(db, ANNA, DiskRequest(reference="x" * 27))

@@ -29,7 +29,13 @@ from stratocache.cache.configuration import Configuration
 from stratocache.cache.entry import Endorser, Entry
 from stratocache.cache.errors import Conflict, StratocacheError
 from stratocache.cache.images import ImageStore
-from stratocache.fs import disk_intents, intents, inventory, snapshot_intents
+from stratocache.fs import (
+    attachment_intents,
+    disk_intents,
+    inventory,
+    launch_intents,
+    snapshot_intents,
+)
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.operations import Operations
 from stratocache.fs.overlay import BlockSource, Overlay
@@ -253,7 +259,7 @@ class Crashes(RuleBasedStateMachine):
         extra = tuple(self._uuids()[:1]) if disks else ()
         request = LaunchRequest(reference=IMAGE, instance=f"vm{self.launched}", disks=extra)
         try:
-            operation = intents.request_launch(self.db, ROOT_CALLER, request)
+            operation = launch_intents.request_launch(self.db, ROOT_CALLER, request)
         except Conflict:
             return
         image = inventory.image(self.db, IMAGE)
@@ -268,7 +274,9 @@ class Crashes(RuleBasedStateMachine):
         """Somebody attaches a disk, as far as that is allowed."""
         for uuid in chosen(self._uuids(), index):
             try:
-                intents.attach(self.db, ROOT_CALLER, uuid, instance=f"i{index}", access=access)
+                attachment_intents.attach(
+                    self.db, ROOT_CALLER, uuid, instance=f"i{index}", access=access
+                )
             except Conflict:
                 return
 
@@ -276,14 +284,14 @@ class Crashes(RuleBasedStateMachine):
     def detach(self, index: int) -> None:
         """Somebody detaches."""
         for item in chosen(inventory.attachments(self.db), index):
-            intents.detach(self.db, ROOT_CALLER, item.id)
+            attachment_intents.detach(self.db, ROOT_CALLER, item.id)
 
     @rule(index=st.integers(0, 3), failed=st.booleans())
     def halt(self, index: int, failed: bool) -> None:
         """Somebody halts an instance, as far as that is allowed."""
         for launch in chosen(inventory.launches(self.db), index):
             try:
-                intents.halt(self.db, ROOT_CALLER, launch.instance, failed=failed)
+                launch_intents.halt(self.db, ROOT_CALLER, launch.instance, failed=failed)
             except Conflict:
                 return
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.operation_host import IDENTIFIER, IMAGE, NOW, ROOT_CALLER, Host, operation_host
 
-from stratocache.fs import intents, inventory
+from stratocache.fs import image_intents, inventory
 from stratocache.fs.operations import Operations
 from stratocache.fs.resolution import Resolution, request_resolution
 
@@ -97,7 +97,7 @@ def test_unusable_reference_is_a_result(host: Host, reference: str, code: str) -
 def test_cached_image_is_judged_by_what_is_stored(host: Host) -> None:
     """An image that is here is told as such, with its catalogue gone, and refused when distrusted."""
     host.publish()
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
         assert (await host.end(fetch)).state == "done"

@@ -14,7 +14,7 @@ from support.keep_daemon import ROOT, KeepDaemon, KeepHost
 
 from stratocache.cache import seals
 from stratocache.cache.chunks import CHUNK_BYTES
-from stratocache.fs import cache_check, intents, offline_plan
+from stratocache.fs import cache_check, image_intents, offline_plan
 from stratocache.fs.losses import losses
 from stratocache.fs.scrubbing import request_scrub, scrub_state
 
@@ -34,7 +34,7 @@ def _image(host: KeepHost, *, pin: bool = False) -> str:
     identifier = host.shelf.add(Random(1).randbytes(CHUNKS * CHUNK_BYTES))
 
     async def script(daemon: KeepDaemon) -> None:
-        await daemon.end(intents.request_fetch(host.db, ROOT, identifier, pin=pin))
+        await daemon.end(image_intents.request_fetch(host.db, ROOT, identifier, pin=pin))
         await daemon.rest()
 
     host.run(script)

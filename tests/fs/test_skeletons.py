@@ -14,7 +14,7 @@ from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.fs import (
     cache_check,
     disk_intents,
-    intents,
+    image_intents,
     inventory,
     provisional,
     withdrawal,
@@ -45,7 +45,7 @@ def _add(host: KeepHost, seed: int, boot_set: tuple[int, ...] = ()) -> str:
 
 async def _fetch(daemon: KeepDaemon, *identifiers: str) -> None:
     for identifier in identifiers:
-        ended = await daemon.end(intents.request_fetch(daemon.db, ROOT, identifier))
+        ended = await daemon.end(image_intents.request_fetch(daemon.db, ROOT, identifier))
         assert ended.error is None, ended.error
 
 
@@ -140,7 +140,7 @@ def test_a_skeleton_that_is_fetched_or_pinned_is_completed(host: KeepHost) -> No
         await daemon.end(request_eviction(daemon.db, ROOT, size_bytes=6 * CHUNK_BYTES))
         assert len(host.chunk_files()) == 2
         await _fetch(daemon, first)
-        intents.set_pin(daemon.db, ROOT, second, True)
+        image_intents.set_pin(daemon.db, ROOT, second, True)
         daemon.wake()
         await _until(lambda: set(host.states().values()) == {"verified"})
 

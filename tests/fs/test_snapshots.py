@@ -20,7 +20,14 @@ from stratocache.cache import document
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, StratocacheError
 from stratocache.cache.identifier import encode
-from stratocache.fs import disk_check, disk_intents, intents, inventory, snapshot_intents
+from stratocache.fs import (
+    attachment_intents,
+    disk_check,
+    disk_intents,
+    image_intents,
+    inventory,
+    snapshot_intents,
+)
 from stratocache.fs.records import Caller, DiskRequest, SaveRequest
 from stratocache.fs.run_directory import RunDirectory
 
@@ -212,10 +219,10 @@ def test_disk_with_snapshots_is_not_deleted_by_accident(host: DiskHost) -> None:
 def test_image_is_free_once_no_overlay_reads_it(host: DiskHost) -> None:
     """The image of a disk with a snapshot can be deleted: the snapshot has all that is needed."""
     uuid = clone(host)
-    assert refusal(intents.request_image_deletion, host.db, ROOT, IMAGE)[1] == "image-in-use"
+    assert refusal(image_intents.request_image_deletion, host.db, ROOT, IMAGE)[1] == "image-in-use"
     expected = host.content(uuid)
     snapshot(host, uuid)
-    host.end(intents.request_image_deletion(host.db, ROOT, IMAGE))
+    host.end(image_intents.request_image_deletion(host.db, ROOT, IMAGE))
 
     assert host.content(uuid) == expected
     assert IMAGE not in host.manifests()
@@ -225,7 +232,7 @@ def test_snapshot_of_an_attached_disk(any_host: DiskHost) -> None:
     """An attached disk can be kept; its target is made anew only where its file changes."""
     host = any_host
     uuid = create(host, size_bytes=MIB)
-    host.end(intents.attach(host.db, ROOT, uuid, instance="vm"))
+    host.end(attachment_intents.attach(host.db, ROOT, uuid, instance="vm"))
     kept = snapshot(host, uuid)
     snapshot(host, uuid)
 
@@ -293,7 +300,7 @@ def test_growth_makes_the_target_anew(any_host: DiskHost) -> None:
     """An attached disk that grows is exported again under the same number, once."""
     host = any_host
     uuid = create(host, size_bytes=MIB)
-    host.end(intents.attach(host.db, ROOT, uuid, instance="vm"))
+    host.end(attachment_intents.attach(host.db, ROOT, uuid, instance="vm"))
     host.end(disk_intents.resize_disk(host.db, ROOT, uuid, 2 * MIB))
     host.rest()
 
@@ -361,19 +368,22 @@ def test_quarantined_disk_is_kept_read_only_then_goes(host: DiskHost) -> None:
     """A volatile disk in quarantine cannot be attached read-write, and is deleted when its time is
     over, though it was looked at."""
     uuid = clone(host, volatile=True)
-    host.end(intents.attach(host.db, ROOT, uuid, instance="vm"))
+    host.end(attachment_intents.attach(host.db, ROOT, uuid, instance="vm"))
     (item,) = inventory.attachments(host.db)
     with host.db.transaction() as connection:
         connection.execute("UPDATE disks SET quarantined_at = '2100-01-01' WHERE uuid = ?", (uuid,))
-        intents.remove_attachment(connection, item)
+        attachment_intents.remove_attachment(connection, item)
     host.rest()
-    assert refusal(intents.attach, host.db, ROOT, uuid, instance="vm2")[1] == "disk-quarantined"
-    host.end(intents.attach(host.db, ROOT, uuid, instance="look", access="ro"))
+    assert (
+        refusal(attachment_intents.attach, host.db, ROOT, uuid, instance="vm2")[1]
+        == "disk-quarantined"
+    )
+    host.end(attachment_intents.attach(host.db, ROOT, uuid, instance="look", access="ro"))
     host.db.connection.execute("UPDATE disks SET quarantined_at = '2026-01-01'")
     host.rest()
     assert inventory.find_disk(host.db, uuid) is not None
     (looking,) = inventory.attachments(host.db)
-    host.end(intents.detach(host.db, ROOT, looking.id))
+    host.end(attachment_intents.detach(host.db, ROOT, looking.id))
 
     assert inventory.find_disk(host.db, uuid) is None
     kinds = [row["kind"] for row in host.db.rows("SELECT kind FROM events WHERE subject = ?", uuid)]
@@ -389,7 +399,7 @@ def test_restored_disk_is_an_ordinary_one(host: DiskHost) -> None:
     restored = disk_intents.restore_disk(host.db, ROOT, uuid)
 
     assert (restored.volatile, restored.quarantined_at) == (False, None)
-    assert host.end(intents.attach(host.db, ROOT, uuid, instance="vm")).state == "done"
+    assert host.end(attachment_intents.attach(host.db, ROOT, uuid, instance="vm")).state == "done"
 
 
 def test_snapshots_of_others_do_not_exist(host: DiskHost) -> None:

@@ -12,7 +12,7 @@ import trio
 from support.disk_daemon import ROOT, DiskHost
 from support.iscsi import INITIATOR, Guest, Initiator, free_port, running_tgtd
 
-from stratocache.fs import disk_intents, intents, inventory
+from stratocache.fs import attachment_intents, disk_intents, inventory
 from stratocache.fs.portal import Portal
 from stratocache.fs.records import Attachment, DiskRequest
 from stratocache.fs.target import ActualTarget, Target, iqn_of
@@ -110,7 +110,11 @@ def new_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     for _ in range(2):
         operation = disk_intents.create_disk(host.db, ROOT, DiskRequest(size_bytes=MIB))
         uuid = host.end(operation).subject
-        ids.append(intents.attach(host.db, ROOT, uuid, instance="vm", initiator=INITIATOR).subject)
+        ids.append(
+            attachment_intents.attach(
+                host.db, ROOT, uuid, instance="vm", initiator=INITIATOR
+            ).subject
+        )
     port = free_port()
     with running_tgtd(tmp_path, port, closed=True) as control:
         yield Site(host, control, port, *ids)
@@ -318,7 +322,7 @@ def test_target_of_no_attachment_goes_with_its_sessions(site: Site) -> None:
         cut.kill()
     ((kind, subject, _),) = site.events()
     assert (kind, subject) == ("target.removed", iqn_of(site.victim))
-    intents.attach(site.host.db, ROOT, uuid or "", instance="vm2")
+    attachment_intents.attach(site.host.db, ROOT, uuid or "", instance="vm2")
     site.reconcile()
     assert len(site.targets()) == 2
 
@@ -372,7 +376,7 @@ def test_forced_detach_closes_its_sessions_only(site: Site) -> None:
     try:
         cut.round()
         with Guest(site.initiator(site.bystander)) as guest:
-            operation = intents.detach(site.host.db, ROOT, site.victim, force=True)
+            operation = attachment_intents.detach(site.host.db, ROOT, site.victim, force=True)
             number = site.number
             site.reconcile()
             guest.round()

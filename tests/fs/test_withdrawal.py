@@ -15,7 +15,7 @@ from support.operation_host import IDENTIFIER, IMAGE, NOW, ROOT_CALLER, Host, op
 
 from stratocache.cache.catalogue import Standing
 from stratocache.cache.configuration import CatalogueSettings, RecheckSettings
-from stratocache.fs import disk_intents, intents, inventory, withdrawal
+from stratocache.fs import disk_intents, image_intents, inventory, launch_intents, withdrawal
 from stratocache.fs.manifests import published_manifests
 from stratocache.fs.operations import Operations
 from stratocache.fs.records import DiskRequest, LaunchRequest, Operation
@@ -79,14 +79,14 @@ async def _become(host: Host, state: str) -> None:
 
 
 async def _fetched(host: Host, operations: Operations) -> Operation:
-    fetch = intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
+    fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
     await operations.look()
     return await host.end(fetch)
 
 
 async def _refused(host: Host, operations: Operations) -> None:
     """Check that neither a launch nor a clone is made now."""
-    launch = intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, "late"))
+    launch = launch_intents.request_launch(host.db, ROOT_CALLER, LaunchRequest(IDENTIFIER, "late"))
     clone = disk_intents.create_disk(host.db, ROOT_CALLER, DiskRequest(reference=IDENTIFIER))
     await operations.look()
     for operation in (launch, clone):
@@ -248,7 +248,7 @@ def test_a_new_endorsement_is_kept(host: Host) -> None:
 
 def _launch(host: Host, instance: str, *, provisional: bool) -> Operation:
     request = LaunchRequest(IDENTIFIER, instance, provisional=provisional)
-    return intents.request_launch(host.db, ROOT_CALLER, request)
+    return launch_intents.request_launch(host.db, ROOT_CALLER, request)
 
 
 def _recorded(host: Host, instance: str) -> bool:

@@ -19,7 +19,7 @@ from falcon import testing
 from stratocache.api.application import create_app
 from stratocache.cache.configuration import ApiSettings, Configuration, IscsiSettings
 from stratocache.cache.entry import Endorser, Entry
-from stratocache.fs import disk_intents, intents, inventory
+from stratocache.fs import attachment_intents, disk_intents, inventory
 from stratocache.fs.listener import listen
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
@@ -102,17 +102,17 @@ def _launch(db: Database, operation: Operation) -> dict[str, Any]:
     disk_intents.insert_disk(
         connection, operation.owner, boot, DiskRequest(size_bytes=IMAGE_BYTES, volatile=True)
     )
-    intents.insert_attachment(
+    attachment_intents.insert_attachment(
         connection, operation.owner, wanted.instance, "boot", "rw", disk_uuid=boot,
         initiator=wanted.initiator, position=0,
     )  # fmt: skip
     for position, uuid in enumerate(wanted.disks, 1):
-        intents.insert_attachment(
+        attachment_intents.insert_attachment(
             connection, operation.owner, wanted.instance, "disk", "rw", disk_uuid=uuid,
             position=position,
         )  # fmt: skip
     for position, reference in enumerate(wanted.readonly, 1 + len(wanted.disks)):
-        intents.insert_attachment(
+        attachment_intents.insert_attachment(
             connection, operation.owner, wanted.instance, "readonly", "ro", image_id=reference,
             position=position,
         )  # fmt: skip

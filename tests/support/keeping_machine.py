@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
-from stratocache.fs import cache_check, disk_intents, intents, inventory
+from stratocache.fs import cache_check, disk_intents, image_intents, inventory, launch_intents
 from stratocache.fs.eviction import request_eviction
 from stratocache.fs.records import COMPLETE, READABLE, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.scrubbing import request_scrub
@@ -83,7 +83,7 @@ class KeepingMachine(RuleBasedStateMachine):
     @rule(index=_INDEXES, pin=st.booleans(), at_once=st.booleans())
     def fetch(self, index: int, pin: bool, at_once: bool) -> None:
         """Somebody wants an image, and may wait for it."""
-        intents.request_fetch(self.host.db, ROOT, self._image(index), pin=pin and index < 2)
+        image_intents.request_fetch(self.host.db, ROOT, self._image(index), pin=pin and index < 2)
         if at_once:
             self.live()
 
@@ -91,7 +91,7 @@ class KeepingMachine(RuleBasedStateMachine):
     def set_pin(self, index: int, pinned: bool) -> None:
         """Somebody pins or unpins what is there."""
         if self._image(index) in self.host.states():
-            intents.set_pin(self.host.db, ROOT, self._image(index), pinned and index < 2)
+            image_intents.set_pin(self.host.db, ROOT, self._image(index), pinned and index < 2)
 
     @rule(index=_INDEXES, at_once=st.booleans())
     def clone(self, index: int, at_once: bool) -> None:
@@ -107,14 +107,14 @@ class KeepingMachine(RuleBasedStateMachine):
         self.instances += 1
         wanted = self._image(boot), self._image(other)
         request = LaunchRequest(wanted[0], f"vm{self.instances}", readonly=wanted[1:])
-        self._wish(intents.request_launch(self.host.db, ROOT, request), *wanted)
+        self._wish(launch_intents.request_launch(self.host.db, ROOT, request), *wanted)
 
     @rule()
     def halt(self) -> None:
         """All VMs end."""
         for launch in inventory.launches(self.host.db):
             if launch.state == "active":
-                intents.halt(self.host.db, ROOT, launch.instance)
+                launch_intents.halt(self.host.db, ROOT, launch.instance)
 
     @rule()
     def delete_disks(self) -> None:

@@ -24,7 +24,7 @@ from stratocache.cache import bootset, seals
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.configuration import Configuration, IscsiSettings
 from stratocache.cache.manifest import Manifest
-from stratocache.fs import intents, shares, snapshot_intents
+from stratocache.fs import attachment_intents, image_intents, shares, snapshot_intents
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database, record_event
 from support.api_daemon import IMAGE_ID, caller_socket, entry, insert_disk, insert_image, perform
@@ -68,8 +68,12 @@ def furnish(db: Database, state_dir: Path) -> World:
         perform(db, snapshot_intents.create_snapshot(db, ROOT, disk, tag=tag))
     snapshot = db.rows("SELECT id FROM snapshots ORDER BY number")[0]["id"]
     insert_disk(db, snapshot=snapshot, size_bytes=20 * 1024**3, tag="clone")
-    perform(db, intents.attach(db, ROOT, disk, instance="vm-1", access="rw", initiator=None))
-    intents.attach(db, ROOT, public, instance="vm-2", access="ro", initiator="iqn.2026-11.a:b")
+    perform(
+        db, attachment_intents.attach(db, ROOT, disk, instance="vm-1", access="rw", initiator=None)
+    )
+    attachment_intents.attach(
+        db, ROOT, public, instance="vm-2", access="ro", initiator="iqn.2026-11.a:b"
+    )
     db.connection.execute(
         "UPDATE attachments SET problem = 'tgtd does not answer.' WHERE instance = 'vm-2'"
     )
@@ -144,9 +148,9 @@ def _spread_times(db: Database) -> None:
 
 
 def _operations(db: Database) -> dict[str, str]:
-    running = intents.request_fetch(db, ROOT, FETCHING_IMAGE)
-    failed = intents.request_fetch(db, ROOT, "stratuslab:unknown")
-    resolved = intents.request_fetch(db, ROOT, OTHER_IMAGE)
+    running = image_intents.request_fetch(db, ROOT, FETCHING_IMAGE)
+    failed = image_intents.request_fetch(db, ROOT, "stratuslab:unknown")
+    resolved = image_intents.request_fetch(db, ROOT, OTHER_IMAGE)
     db.connection.execute(
         "UPDATE operations SET state = 'running', progress_bytes = 3000000000, total_bytes = ?, "
         "rate_bytes_s = 9e6 WHERE id = ?",
