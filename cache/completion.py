@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
+from stratocache.cache.assembly import no_progress
 from stratocache.cache.chunks import CHUNK_BYTES
 from stratocache.cache.demand import ChunkFetcher
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
-from stratocache.cache.fetch import ALGORITHMS, FetchedImage
 from stratocache.cache.image_reader import ImageReader
 from stratocache.cache.images import ImageStore
 from stratocache.cache.ingestion import Batch, ingest
 from stratocache.cache.origin import Backoff
+from stratocache.cache.promises import FetchedImage, algorithms_of, broken_digest
 from stratocache.cache.streaming import CHUNK_MISMATCH
 
 log = logging.getLogger(__name__)
@@ -130,21 +131,20 @@ class Completion:
         An entry of qcow2 promises none of the image, but of its file, which was never here as a
         whole: what proves it is the index.
         """
-        promises = entry.digests if entry.format == "raw" else {}
-        algorithms = {"sha256", *(name for name in ALGORITHMS if name in promises)}
+        promised = entry.digests if entry.format == "raw" else {}
         size_bytes, digests = await ingest(
-            _chunks_of(reader), _keep_nothing, algorithms, limiter=self._limiter,
-            progress=lambda _: None,
+            _chunks_of(reader), _keep_nothing, algorithms_of(promised), limiter=self._limiter,
+            progress=no_progress,
         )  # fmt: skip
-        for algorithm in sorted(algorithms):
-            promised = promises.get(algorithm, "").lower()
-            if promised and digests[algorithm] != promised:
-                raise NotVerified(
-                    "image-rejected",
-                    f"Every chunk of image {entry.identifier} is as its index says, but the "
-                    f"{algorithm} of the whole is {digests[algorithm]} and the entry promises "
-                    f"{promised}: its endorser contradicts himself.",
-                )
+        broken = broken_digest(promised, digests)
+        if broken is not None:
+            algorithm, digest = broken
+            raise NotVerified(
+                "image-rejected",
+                f"Every chunk of image {entry.identifier} is as its index says, but the "
+                f"{algorithm} of the whole is {digests[algorithm]} and the entry promises "
+                f"{digest}: its endorser contradicts himself.",
+            )
         return FetchedImage(entry.identifier, size_bytes, digests["sha256"])
 
 

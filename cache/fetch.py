@@ -8,20 +8,16 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass
-from typing import BinaryIO
+from collections.abc import Collection
+from contextlib import closing, suppress
 from urllib.parse import urlsplit
 
 import httpx
 import trio
 
-from stratocache.cache import conversion
+from stratocache.cache.assembly import Assembly, no_progress
 from stratocache.cache.chunks import ChunkStore
 from stratocache.cache.configuration import Configuration
-from stratocache.cache.decompression import decompressed
-from stratocache.cache.draft import Draft
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import (
     NoSpace,
@@ -32,42 +28,20 @@ from stratocache.cache.errors import (
     StratocacheError,
 )
 from stratocache.cache.images import ImageStore
-from stratocache.cache.ingestion import Batch, Consumer, chunks_of, chunks_of_sparse_file, ingest
 from stratocache.cache.manifest import Manifest
-from stratocache.cache.origin import (
-    Backoff,
-    HttpOrigin,
-    OriginBusy,
-    Progress,
-    SizeLimit,
-    open_file,
-)
+from stratocache.cache.origin import Backoff, HttpOrigin, OriginBusy, Progress, open_file
 from stratocache.cache.peer_image import PeerImage, offered_manifest
 from stratocache.cache.peers import Peers
+from stratocache.cache.promises import FetchedImage, judge, source_limit
 from stratocache.cache.room import CacheSpace, RoomMaker
-from stratocache.cache.space import full_disk_is_no_space
 from stratocache.cache.stage import Stage
 from stratocache.cache.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS = ("sha512", "sha256", "sha1", "md5")
-_STRONG = frozenset({"sha256", "sha512"})
-_COMPRESSED_MARGIN_BYTES = 1024**2
 _FAILURES_NAMED = 10
 _WAIT_MAX_S = 3.0
 """For one location, while there are others: a guest may wait for a repair."""
-
-
-@dataclass(frozen=True)
-class FetchedImage:
-    """What a fetch published."""
-
-    identifier: str
-    size_bytes: int
-    """Of the raw image."""
-    sha256: str
-    """Of the raw image, in hexadecimal."""
 
 
 class _CacheLimit:
@@ -116,8 +90,7 @@ class Fetcher:
         self.http = HttpOrigin(
             client, configuration.fetch, self._space, backoff or Backoff(), self._traffic
         )
-        # Apart from trio's own limiter: hashing must not take the threads that guests' reads need.
-        self._limiter = trio.CapacityLimiter(2 * (os.cpu_count() or 1) + 2)
+        self._assembly = Assembly(images, self._space, configuration.fetch.max_image_bytes)
 
     async def fetch(
         self, entry: Entry, progress: Progress, *, there: Manifest | None = None
@@ -234,18 +207,18 @@ class Fetcher:
             lambda count: self._traffic.moved(entry.identifier, count, by_peer=True),
         )  # fmt: skip
         try:
-            async with self._drafted(entry, there) as draft, source.chunks() as chunks:
-                sink = self._guarded(draft.add, self._space_for(entry))
-                digests = await self._proven(
-                    chunks, entry, sink, lambda done: progress(done, entry.size_bytes)
-                )
+            async with source.chunks() as chunks:
+                found = await self._assembly.make_of_chunks(
+                    chunks, entry, lambda done: progress(done, entry.size_bytes),
+                    space=self._space_for(entry), there=there,
+                )  # fmt: skip
         except NotVerified as error:
             self._peers.blame(offer.peer, f"its manifest of {entry.identifier}: {error.message}")
         except OriginFailed as error:
             log.warning("image %s from peers: %s", entry.identifier, error)
         else:
             await trio.to_thread.run_sync(self._stage(entry.identifier).remove)
-            return FetchedImage(entry.identifier, entry.size_bytes, digests["sha256"])
+            return found
         return None
 
     async def _fetch_from(
@@ -262,7 +235,9 @@ class Fetcher:
                 def read_progress(_: int) -> None:
                     progress(file.tell(), total)
 
-                made = await self._make(file, entry, stage, read_progress, there)
+                made = await self._assembly.make(
+                    file, entry, stage, read_progress, space=self._space_for(entry), there=there
+                )
                 self._traffic.moved(entry.identifier, total)
                 return made
         continued = await self.http.download(
@@ -284,168 +259,13 @@ class Fetcher:
         self, entry: Entry, stage: Stage, there: Manifest | None
     ) -> FetchedImage:
         with stage.source.open("rb", buffering=0) as file:
-            return await self._make(file, entry, stage, _no_progress, there)
-
-    async def _make(
-        self, source: BinaryIO, entry: Entry, stage: Stage, progress: Callable[[int], None],
-        there: Manifest | None,
-    ) -> FetchedImage:  # fmt: skip
-        """Verify the source, cut the image into chunks, publish it, remove the stage."""
-        async with self._drafted(entry, there) as draft:
-            make = self._from_raw if entry.format == "raw" else self._from_qcow2
-            sha256 = await make(source, entry, stage, draft, progress)
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(stage.remove)
-        return FetchedImage(entry.identifier, draft.size_bytes, sha256)
-
-    @asynccontextmanager
-    async def _drafted(self, entry: Entry, there: Manifest | None) -> AsyncIterator[Draft]:
-        """Yield a draft, which is published when the block ends well and abandoned when not."""
-        draft = self._images.begin()
-        try:
-            yield draft
-            manifest = draft.manifest()
-            if there is not None and there != manifest:
-                raise _other_image(entry)
-            await trio.to_thread.run_sync(self._images.publish, entry.identifier, manifest)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._images.abandon, draft)
-            raise
-        self._images.finish(draft)
-
-    async def _from_raw(
-        self, source: BinaryIO, entry: Entry, stage: Stage, draft: Draft,
-        progress: Callable[[int], None],
-    ) -> str:  # fmt: skip
-        digests = await self._verified(
-            source, entry, self._guarded(draft.add, self._space_for(entry)), progress
-        )
-        return digests["sha256"]
-
-    async def _from_qcow2(
-        self, source: BinaryIO, entry: Entry, stage: Stage, draft: Draft,
-        progress: Callable[[int], None],
-    ) -> str:  # fmt: skip
-        # Always a copy: what was hashed must be what is converted.
-        with (
-            full_disk_is_no_space(stage.directory),
-            await trio.to_thread.run_sync(stage.container.open, "wb") as container,
-        ):
-            await self._verified(source, entry, self._guarded(container.writelines), progress)
-        size_bytes = await conversion.inspect(
-            stage.container, image_bytes_max=self._image_bytes_max
-        )
-        await conversion.convert(
-            stage.container, stage.image, size_bytes=size_bytes, space=self._space
-        )
-        _, digests = await ingest(
-            chunks_of_sparse_file(stage.image), self._guarded(draft.add, self._space_for(entry)),
-            ["sha256"], limiter=self._limiter, progress=_no_progress,
-        )  # fmt: skip
-        return digests["sha256"]
-
-    async def _verified(
-        self, source: BinaryIO, entry: Entry, sink: Consumer,
-        progress: Callable[[int], None],
-    ) -> dict[str, str]:  # fmt: skip
-        """Give the decompressed source to `sink`; return its digests once all are as promised."""
-        chunks = chunks_of(
-            decompressed(source, entry.compression), entry.size_bytes, overlong=overlong(entry)
-        )
-        return await self._proven(chunks, entry, sink, progress)
-
-    async def _proven(
-        self, chunks: Iterator[bytes], entry: Entry, sink: Consumer,
-        progress: Callable[[int], None],
-    ) -> dict[str, str]:  # fmt: skip
-        """Give all chunks to `sink`; return their digests once all are as promised."""
-        algorithms = {"sha256", *(a for a in ALGORITHMS if a in entry.digests)}
-        size_bytes, digests = await ingest(
-            chunks, sink, algorithms, limiter=self._limiter, progress=progress
-        )
-        if size_bytes != entry.size_bytes:
-            raise wrong_size(f"{size_bytes}", entry)
-        for algorithm in ALGORITHMS:
-            expected = entry.digests.get(algorithm, "").lower()
-            if expected and digests[algorithm] != expected:
-                raise NotVerified(
-                    "digest-mismatch",
-                    f"The {algorithm} of what was fetched is {digests[algorithm]}, the entry "
-                    f"promises {expected}; the location serves another file.",
-                )
-        return digests
+            return await self._assembly.make(
+                file, entry, stage, no_progress, space=self._space_for(entry), there=there
+            )
 
     def set_room(self, room: RoomMaker) -> None:
         """From now on let somebody make room for what does not fit."""
         self._space.room = self.chunk_space.room = room
-
-    def _guarded(
-        self, sink: Callable[[Batch], object], space: CacheSpace | None = None
-    ) -> Consumer:
-        """Return a sink that leaves the reserve alone and names a full disk."""
-        space = space or self._space
-
-        def guarded(batch: Batch) -> None:
-            space.obtain_blocking(sum(map(len, batch)))
-            with full_disk_is_no_space(self._stages):
-                sink(batch)
-
-        return guarded
-
-
-def judge(entry: Entry, image_bytes_max: int) -> None:
-    """Refuse what could not be proven, before anything is asked of the network.
-
-    Raises `Refused` (`digest-too-weak`), `NotVerified` (`image-too-large`).
-    """
-    if not _STRONG & entry.digests.keys():
-        raise Refused(
-            "digest-too-weak",
-            "The entry has neither a SHA-256 nor a SHA-512 digest, so nothing proves its "
-            "image; ask the endorser for one that has.",
-        )
-    if entry.size_bytes > image_bytes_max:
-        raise NotVerified(
-            "image-too-large",
-            f"The entry promises {entry.size_bytes} bytes, over the limit of "
-            f"{image_bytes_max}; raise fetch.max_image_bytes if that is intended.",
-        )
-
-
-def _other_image(entry: Entry) -> NotVerified:
-    return NotVerified(
-        "image-differs",
-        f"What was fetched again as {entry.identifier} is another image than the one that is here.",
-    )
-
-
-def source_limit(entry: Entry) -> SizeLimit:
-    """Return how long the file at a location of an entry may be."""
-    if entry.compression == "none":
-        return SizeLimit(entry.size_bytes, exact=True)
-    # No compressor makes its input more than a tenth longer.
-    return SizeLimit(entry.size_bytes * 11 // 10 + _COMPRESSED_MARGIN_BYTES, exact=False)
-
-
-def wrong_size(got: str, entry: Entry) -> NotVerified:
-    """Return the error for a source of another size than promised."""
-    return NotVerified(
-        "size-mismatch",
-        f"The source has {got} bytes, the entry promises {entry.size_bytes}; the location serves "
-        "another file.",
-    )
-
-
-def overlong(entry: Entry) -> NotVerified:
-    """Return the error for a source that holds more than promised."""
-    if entry.compression == "none":
-        return wrong_size(f"more than {entry.size_bytes}", entry)
-    return NotVerified(
-        "decompression-bomb",
-        f"The {entry.compression} source decompresses to more than the {entry.size_bytes} bytes "
-        "that the entry promises; it was stopped there.",
-    )
 
 
 def combined(entry: Entry, failures: list[tuple[str, StratocacheError]]) -> StratocacheError:
@@ -464,10 +284,6 @@ def combined(entry: Entry, failures: list[tuple[str, StratocacheError]]) -> Stra
         if all(isinstance(error, category) for error in errors):
             return category(errors[0].code, message)
     return OriginFailed("origin-failed", message)
-
-
-def _no_progress(_: int) -> None:
-    """Count nothing: the source has been counted already."""
 
 
 def _no_report(_done: int, _total: int | None) -> None:

@@ -21,7 +21,7 @@ class Space:
     def __init__(
         self, directory: Path, reserve_bytes: int, *, limit: Callable[[int], None] | None = None
     ) -> None:
-        self._directory = directory
+        self.directory = directory
         self._reserve_bytes = reserve_bytes
         self._limit = limit
 
@@ -29,11 +29,11 @@ class Space:
         """Raise `NoSpace` (`no-space`) unless `size_bytes` fit beside the reserve."""
         if self._limit is not None:
             self._limit(size_bytes)
-        status = os.statvfs(self._directory)
+        status = os.statvfs(self.directory)
         free_bytes = status.f_bavail * status.f_frsize
         if free_bytes < size_bytes + self._reserve_bytes:
             raise no_space(
-                self._directory,
+                self.directory,
                 f"{size_bytes} bytes are needed and {self._reserve_bytes} kept in reserve, "
                 f"{free_bytes} are free",
             )

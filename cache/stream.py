@@ -24,9 +24,10 @@ from stratocache.cache.errors import (
     Refused,
     StratocacheError,
 )
-from stratocache.cache.fetch import combined, overlong, source_limit, wrong_size
+from stratocache.cache.fetch import combined
 from stratocache.cache.ingestion import chunks_of
 from stratocache.cache.origin import HttpOrigin, open_file
+from stratocache.cache.promises import overlong, source_limit, wrong_size
 from stratocache.cache.stage import Stage
 
 log = logging.getLogger(__name__)

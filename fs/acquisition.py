@@ -24,9 +24,10 @@ from stratocache.cache.errors import (
     NotFound,
     StratocacheError,
 )
-from stratocache.cache.fetch import FetchedImage, Fetcher
+from stratocache.cache.fetch import Fetcher
 from stratocache.cache.identifier import is_identifier
 from stratocache.cache.images import ImageStore
+from stratocache.cache.promises import FetchedImage
 from stratocache.cache.provisional_policy import require_provisional
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory

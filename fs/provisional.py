@@ -30,10 +30,10 @@ from stratocache.cache.errors import (
     Refused,
     StratocacheError,
 )
-from stratocache.cache.fetch import FetchedImage, judge
 from stratocache.cache.growing import GrowingManifest
 from stratocache.cache.images import ImageStore
 from stratocache.cache.manifest import Manifest
+from stratocache.cache.promises import FetchedImage, judge
 from stratocache.cache.provisional_policy import provisional_allowed
 from stratocache.cache.stage import Stage
 from stratocache.fs import inventory, records

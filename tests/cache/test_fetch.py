@@ -31,9 +31,10 @@ from stratocache.cache.errors import (
     OriginFailed,
     Refused,
 )
-from stratocache.cache.fetch import FetchedImage, Fetcher
+from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
+from stratocache.cache.promises import FetchedImage
 
 MIB = 1024**2
 IDENTIFIER = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
