@@ -50,6 +50,14 @@ def accept(response: falcon.Response, operation: Operation) -> None:
     response.data = OperationView.of(operation).to_json()
 
 
+def show_work(response: falcon.Response, operation: Operation) -> None:
+    """Answer with an operation: 200 when it has ended, 202 while the work goes on."""
+    if operation.finished:
+        show(response, OperationView.of(operation))
+    else:
+        accept(response, operation)
+
+
 def send(response: falcon.Response, pieces: Iterator[bytes], held: ExitStack) -> None:
     """Answer with bytes as they come; what is held for them is let go of when all is over."""
     response.stream = _Stream(pieces, held)

@@ -19,7 +19,6 @@ from stratocache.api.cache_views import (
     WeaknessView,
 )
 from stratocache.api.models import EvictionRequest, ScrubRequest, read_body
-from stratocache.api.representations import OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.fs import eviction, fetch_account, scrubbing, space_plan
 from stratocache.fs.keep_plan import choose, eviction_plan
@@ -101,10 +100,7 @@ class CacheEviction:
             wait_s,
         )
         require_success(operation)
-        if operation.finished:
-            answers.show(response, OperationView.of(operation))
-        else:
-            answers.accept(response, operation)
+        answers.show_work(response, operation)
 
     def _preview(self, wanted: EvictionRequest, caller: Caller) -> EvictionView:
         configuration, db = self._service.configuration, self._service.db

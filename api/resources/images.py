@@ -8,7 +8,6 @@ from stratocache.api import answers, query
 from stratocache.api.image_views import ImageDetails, ImageView
 from stratocache.api.listing import Listing
 from stratocache.api.models import ImageFetch, read_body
-from stratocache.api.representations import OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.cache import bootset
 from stratocache.cache.errors import Internal, NotFound
@@ -162,10 +161,7 @@ class ImageVerification:
             request_verification(self._service.db, answers.caller(request), image_id), wait_s
         )
         require_success(operation)
-        if operation.finished:
-            answers.show(response, OperationView.of(operation))
-        else:
-            answers.accept(response, operation)
+        answers.show_work(response, operation)
 
 
 def image_details(

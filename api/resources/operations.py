@@ -57,7 +57,4 @@ class OperationItem:
         operation = self._service.start(
             operation_intents.request_cancel(self._service.db, caller, operation_id), wait_s
         )
-        if operation.finished:
-            answers.show(response, OperationView.of(operation))
-        else:
-            answers.accept(response, operation)
+        answers.show_work(response, operation)

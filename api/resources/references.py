@@ -4,7 +4,6 @@ import falcon
 
 from stratocache.api import answers, query
 from stratocache.api.models import ReferenceQuestion, read_body
-from stratocache.api.representations import OperationView
 from stratocache.api.service import Service, require_success
 from stratocache.fs.resolution import request_resolution
 
@@ -25,7 +24,4 @@ class ReferenceCollection:
             request_resolution(self._service.db, answers.caller(request), wanted.reference), wait_s
         )
         require_success(operation)
-        if operation.finished:
-            answers.show(response, OperationView.of(operation))
-        else:
-            answers.accept(response, operation)
+        answers.show_work(response, operation)
