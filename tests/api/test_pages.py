@@ -9,12 +9,15 @@ from urllib.parse import urljoin
 import pytest
 from falcon.testing import Result
 from lxml import html
-from support.api_daemon import IMAGE_ID, Api, Requests, insert_disk
+from support.api_daemon import IMAGE_ID, ROOT, Api, Requests, insert_disk
 from support.network_client import PASSWORD, add_account, log_in, stranger
 from support.page_world import FETCHING_IMAGE, HOSTILE, OTHER_IMAGE, USER, World, furnish
 
+from stratocache.fs import disk_intents
 from stratocache.fs.audit import append_line
+from stratocache.fs.eviction import request_eviction
 from stratocache.fs.state import now
+from stratocache.fs.verification import request_verification
 
 pytestmark = pytest.mark.root  # callers are root, or are made from root
 
@@ -116,6 +119,32 @@ def test_references_within_pages_lead_somewhere(root: Requests, world: World) ->
             continue
         answer = root("GET", link, headers=HTML)
         assert answer.status_code == 200, f"{link} of {address}: {answer.status_code}"
+
+
+def test_subjects_that_have_a_page_are_linked(api: Api, root: Requests, world: World) -> None:
+    """Operations and events name their disk or image by a link, and link to nothing else."""
+    db = api.db
+    for ask in (
+        lambda: request_verification(db, ROOT, OTHER_IMAGE),
+        lambda: request_eviction(db, ROOT),
+        lambda: request_eviction(db, ROOT, image_id=OTHER_IMAGE),
+        lambda: disk_intents.resize_disk(db, ROOT, world.private, 6 * 2**30),
+    ):
+        ask()
+    pages = {
+        **{row["id"]: f"/disks/{row['id']}" for row in db.rows("SELECT uuid AS id FROM disks")},
+        **{row["id"]: f"/images/{row['id']}" for row in db.rows("SELECT id FROM images")},
+    }
+    shown = 0
+    for row in db.rows("SELECT id, subject FROM operations WHERE kind NOT IN ('fetch', 'resolve')"):
+        links = _page(root, f"/operations/{row['id']}").xpath("//dt[.='Of']/../dd/a/@href")
+        assert links == [pages[row["subject"]]] if row["subject"] in pages else links == []
+        shown += len(links)
+    assert shown > 5
+    for cells in _page(root, "/events").xpath("//table//tr[td]"):
+        kind, links = cells.xpath("string(td[2])"), cells.xpath("td[4]//a/@href")
+        assert not links or links[0] in pages.values(), kind
+        assert links or not kind.startswith(("disk.", "image.", "verify-image.")), kind
 
 
 def test_pages_show_what_there_is(root: Requests, world: World) -> None:
