@@ -31,8 +31,9 @@ from stratocache.cache.promises import FetchedImage
 from stratocache.cache.provisional_policy import require_provisional
 from stratocache.cache.reference import Reference, parse
 from stratocache.fs import inventory
+from stratocache.fs.image_lookup import rejected
 from stratocache.fs.manifests import named_manifests, published_manifests
-from stratocache.fs.provisional import ProvisionalImages, rejected
+from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.recheck import Recheck
 from stratocache.fs.records import READABLE, SERVABLE, Image
 from stratocache.fs.skeletons import SLEEP_AGAIN

@@ -29,6 +29,7 @@ from stratocache.fs.content_import import Importer
 from stratocache.fs.disk_io import DiskIo
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.image_lookup import awaited_finder, entry_finder
 from stratocache.fs.import_intents import IMPORT_DISK
 from stratocache.fs.importing import Importing
 from stratocache.fs.keeping import Keeping
@@ -40,7 +41,7 @@ from stratocache.fs.peer_record import PeerRecord
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.portal import Portal
 from stratocache.fs.promotion import Promotion
-from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
+from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller

@@ -15,9 +15,10 @@ from stratocache.cache.supply import Supply
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.eviction import EVICT, Eviction
+from stratocache.fs.image_lookup import entry_finder
 from stratocache.fs.losses import RepairRecord
 from stratocache.fs.operations import Performer
-from stratocache.fs.provisional import ProvisionalImages, entry_finder
+from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.scrubbing import Scrubbing
 from stratocache.fs.state import Database
 from stratocache.fs.verification import VERIFY, Verification

@@ -1,18 +1,13 @@
 """Images that are served before they are complete: every chunk is proven, the whole is not yet.
 
-An image whose entry endorses a chunk index *lands* as soon as that index has been checked and one
-origin has given a chunk by it, or its stream has. From then on it can be cloned and attached; what a
-guest reads comes on demand. One without an index lands too where the policy for its endorser allows
-it; what has flowed past of it *grows* into its manifest. A task per provisional image brings the rest
-and compares the whole with its entry: then it is verified, or rejected. cache/DEMAND.md has the states
-and the order of the steps.
+Once an image has landed (`stratocache.fs.landing`) it can be cloned and attached; what a guest reads
+comes on demand. A task per provisional image brings the rest and compares the whole with its entry:
+then it is verified, or rejected. cache/DEMAND.md has the states and the order of the steps.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import httpx
 import trio
@@ -20,26 +15,14 @@ import trio
 from stratocache.cache.completion import Completion
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.demand import ChunkFetcher
-from stratocache.cache.endorsed_index import read_index
 from stratocache.cache.entry import Entry
-from stratocache.cache.errors import (
-    Internal,
-    NotFound,
-    NotVerified,
-    OriginFailed,
-    Refused,
-    StratocacheError,
-)
-from stratocache.cache.growing import GrowingManifest
+from stratocache.cache.errors import Internal, NotFound, NotVerified, StratocacheError
 from stratocache.cache.images import ImageStore
-from stratocache.cache.manifest import Manifest
-from stratocache.cache.promises import FetchedImage, judge
-from stratocache.cache.provisional_policy import provisional_allowed
-from stratocache.cache.stage import Stage
+from stratocache.cache.promises import FetchedImage
 from stratocache.fs import inventory, records
 from stratocache.fs.boot_sets import BootSets
-from stratocache.fs.operation_intents import add_operation
-from stratocache.fs.records import READABLE, Caller, Image
+from stratocache.fs.landing import Interest, Landing
+from stratocache.fs.records import Image
 from stratocache.fs.state import Database, now, record_event
 from stratocache.fs.traffic_record import TrafficRecord
 
@@ -49,15 +32,6 @@ Report = Callable[[int, int | None], None]
 
 RETRY_S = 30.0
 """After a completion that failed, while somebody uses the image."""
-_SELF = Caller("blockd", "admin")
-
-
-class Interest(Protocol):
-    """Who waits for an image."""
-
-    @property
-    def followed(self) -> bool:
-        """Whether an operation waits for the complete image."""
 
 
 @dataclass
@@ -81,7 +55,7 @@ class _Task:
 
 
 class ProvisionalImages:
-    """Lands images and completes them; tasks run in `nursery`. Belongs to one trio loop."""
+    """Completes images that have landed; tasks run in `nursery`. Belongs to one trio loop."""
 
     def __init__(
         self,
@@ -95,8 +69,7 @@ class ProvisionalImages:
         nursery: trio.Nursery,
         wake: Callable[[], None],
     ) -> None:
-        self._configuration = configuration
-        self._settings = configuration.fetch
+        self._landing = Landing(configuration, db, images, client, fetcher, record)
         self._db = db
         self._images = images
         self._client = client
@@ -108,114 +81,13 @@ class ProvisionalImages:
         self._wake = wake
         self._tasks: dict[str, _Task] = {}
 
-    # Landing.
-
     async def land(self, entry: Entry, interest: Interest) -> bool:
-        """Make an image that is being fetched servable now; return False when it must come whole.
-
-        When no operation waits for its completion one is added, to be seen and cancelled. Raises
-        `NoSpace`, `OSError`, and for an image without an index what `judge` does.
-        """
-        identifier = entry.identifier
-        if entry.index is None and entry.format != "raw":
-            return False
-        await self._fetcher.forget(identifier)  # another entry may have been tried before
-        landed = False
-        try:
-            if entry.index is not None:
-                landed = await self._land_proven(entry, interest)
-            elif provisional_allowed(self._configuration, entry):
-                landed = await self._land_growing(entry, interest)
-        finally:
-            if not landed:
-                with trio.CancelScope(shield=True):
-                    await self._fetcher.forget(identifier)
-                    await trio.to_thread.run_sync(self._take_back, identifier)
+        """Land an image, as `Landing.land` does, and begin to complete it."""
+        landed = await self._landing.land(entry, interest)
         if landed:
             self.look()
             self._wake()
         return landed
-
-    async def _land_proven(self, entry: Entry, interest: Interest) -> bool:
-        """Land an image whose every chunk its index proves."""
-        identifier = entry.identifier
-        try:
-            manifest = await read_index(entry, self._client, self._settings, self._fetcher.peers)
-        except (NotVerified, NotFound, Refused, OriginFailed) as error:
-            await trio.to_thread.run_sync(self._note_unusable, identifier, error.message)
-            return False
-        await trio.to_thread.run_sync(self._images.publish, identifier, manifest)
-        missing = await self._fetcher.missing(identifier)
-        if missing and not await self._fetcher.bring(identifier, missing[:1]):
-            reason: str | None = "no origin gives single chunks"
-            if await self._fetcher.is_streamed(identifier):
-                reason = await self._fetcher.start_stream(identifier)
-            if reason is not None:
-                await trio.to_thread.run_sync(self._note_unusable, identifier, reason)
-                return False
-        missing_bytes = sum(map(manifest.chunk_bytes, missing))
-        dedup_bytes = max(0, _stored_bytes(manifest) - missing_bytes)
-        await trio.to_thread.run_sync(
-            self._record_landing, entry, manifest.size_bytes, dedup_bytes, interest,
-            "each chunk is verified",
-        )  # fmt: skip
-        return True
-
-    async def _land_growing(self, entry: Entry, interest: Interest) -> bool:
-        """Land an image of which nothing is proven before all of it is here."""
-        identifier = entry.identifier
-        judge(entry, self._settings.max_image_bytes)
-        await trio.to_thread.run_sync(self._grow, entry)
-        reason = await self._fetcher.start_stream(identifier)
-        if reason is not None:
-            log.warning("image %s is fetched whole: %s", identifier, reason)
-            return False
-        await trio.to_thread.run_sync(
-            self._record_landing, entry, entry.size_bytes, 0, interest,
-            "nothing of it is proven yet",
-        )  # fmt: skip
-        return True
-
-    def _grow(self, entry: Entry) -> None:
-        record = Stage(self._configuration.state_dir / "stage" / entry.identifier).digests
-        self._images.grow(entry.identifier, GrowingManifest(entry.size_bytes, record))
-
-    def _take_back(self, identifier: str) -> None:
-        """Remove what an image had that does not land now; what was downloaded stays."""
-        with suppress(NotFound):
-            self._images.remove(identifier)
-        Stage(self._configuration.state_dir / "stage" / identifier).digests.unlink(missing_ok=True)
-
-    def _note_unusable(self, identifier: str, reason: str) -> None:
-        log.warning("image %s is fetched whole: %s", identifier, reason)
-        with self._db.transaction() as connection:
-            record_event(
-                connection, "image.index-unusable", identifier,
-                f"Image {identifier} is fetched whole before it is served: {reason}",
-            )  # fmt: skip
-
-    def _record_landing(
-        self, entry: Entry, size_bytes: int, dedup_bytes: int, interest: Interest, proof: str
-    ) -> None:
-        identifier = entry.identifier
-        with self._db.transaction() as connection:
-            connection.execute(
-                "UPDATE images SET state = 'provisional', size_bytes = ? "
-                "WHERE id = ? AND state = 'fetching'",
-                (size_bytes, identifier),
-            )
-            self._record.begin(connection, identifier, dedup_bytes)
-            if not interest.followed:
-                reference = f"{entry.catalogue}:{identifier}"
-                add_operation(
-                    connection, _SELF, "fetch", reference, {"reference": reference, "pin": False}
-                )
-            record_event(
-                connection, "image.provisional", identifier,
-                f"Image {identifier} is served; {proof}, the rest of it follows.",
-            )  # fmt: skip
-
-    # Completion.
 
     def look(self) -> None:
         """Start the completion of every provisional image that has none, unless it sleeps."""
@@ -329,8 +201,6 @@ class ProvisionalImages:
                 f"Image {found.identifier} is complete, its digests are proven.",
             )  # fmt: skip
 
-    # Rejection.
-
     async def _reject(self, image: Image, error: StratocacheError) -> None:
         await self._fetcher.forget(image.id)
         with trio.CancelScope(shield=True):
@@ -359,7 +229,7 @@ class ProvisionalImages:
             image = records.image_from(row)
             there = self._images.manifest_path(image.id).exists()
             if image.unproven and not there and self._images.growing(image.id) is None:
-                self._grow(image.entry)
+                self._landing.grow(image.entry)
         for row in self._db.rows("SELECT id FROM images WHERE state = 'rejected'"):
             try:
                 self._images.quarantine(row["id"])
@@ -367,52 +237,7 @@ class ProvisionalImages:
                 log.warning("chunks of rejected image %s stay: %s", row["id"], error)
 
 
-def entry_finder(db: Database) -> Callable[[str], Entry | None]:
-    """Return the `ChunkFetcher`'s way to entries: of images whose chunks may be fetched."""
-
-    def find(image_id: str) -> Entry | None:
-        image = inventory.find_image(db, image_id)
-        servable = image is not None and image.state in ("fetching", *READABLE)
-        return image.entry if image is not None and servable else None
-
-    return find
-
-
-def awaited_finder(db: Database) -> Callable[[str], Sequence[str]]:
-    """Return the `Supply`'s way to images whose chunks a manifest may wait for.
-
-    An image waits for its own, as long as it is provisional; a snapshot for those of any image.
-    """
-
-    def find(name: str) -> Sequence[str]:
-        image = inventory.find_image(db, name)
-        if image is None:
-            rows = db.rows("SELECT id FROM images WHERE state = 'provisional'")
-            return [row["id"] for row in rows]
-        if image.state == "rejected":
-            raise rejected(image)
-        return [name] if image.state == "provisional" else []
-
-    return find
-
-
-def rejected(image: Image) -> NotVerified:
-    """Return the error for whoever wants to use a rejected image."""
-    return NotVerified(
-        "image-rejected",
-        f"Image {image.id} is not what its endorser promised; delete it to fetch it again.",
-    )
-
-
 def _fenced(disks: Sequence[str]) -> str:
     if not disks:
         return ""
     return f" Disks of it are fenced: {', '.join(disks)}."
-
-
-def _stored_bytes(manifest: Manifest) -> int:
-    return sum(
-        manifest.chunk_bytes(index)
-        for index in range(manifest.chunk_count)
-        if not manifest.is_zero(index)
-    )

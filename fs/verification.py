@@ -16,9 +16,10 @@ from stratocache.cache.images import ImageStore
 from stratocache.cache.repair import Repairer
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
+from stratocache.fs.image_lookup import rejected
 from stratocache.fs.operation_intents import add_operation
 from stratocache.fs.operations import finish
-from stratocache.fs.provisional import ProvisionalImages, rejected
+from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.records import COMPLETE, Caller, Operation
 from stratocache.fs.rights import require_operator
 from stratocache.fs.state import Database

@@ -36,10 +36,11 @@ from stratocache.fs.blocks import Blocks
 from stratocache.fs.boot_sets import BootSets
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
+from stratocache.fs.image_lookup import awaited_finder, entry_finder
 from stratocache.fs.keeping import Keeping
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
-from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
+from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.recheck import Recheck
 from stratocache.fs.reconciler import Reconciler
 from stratocache.fs.records import Caller, Operation

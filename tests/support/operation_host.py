@@ -29,9 +29,10 @@ from stratocache.cache.supply import Supply
 from stratocache.cache.traffic import Traffic
 from stratocache.fs.acquisition import Acquisition
 from stratocache.fs.boot_sets import BootSets
+from stratocache.fs.image_lookup import awaited_finder, entry_finder
 from stratocache.fs.operation_watch import OperationWatch
 from stratocache.fs.operations import Operations
-from stratocache.fs.provisional import ProvisionalImages, awaited_finder, entry_finder
+from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.recheck import Recheck
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.state import Database
