@@ -10,28 +10,17 @@ import hashlib
 import logging
 import os
 import resource
-import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-import diskcache
-
-from stratocache.cache.chunkindex import (
-    INCOMING,
-    ChunkDisk,
-    Written,
-    discard_index,
-    is_damage,
-    open_index,
-)
+from stratocache.cache.chunk_account import ROWS, ChunkAccount
+from stratocache.cache.chunkindex import INCOMING
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.medium import read_medium
 from stratocache.cache.space import full_disk_is_no_space
@@ -47,9 +36,6 @@ _VERIFIED_MAX = 2**18
 """Digests remembered as verified; when full all are forgotten and hashed again (40 MiB at most)."""
 _DAMAGE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ELOOP, errno.EISDIR})
 """What the system says of a file that is lost; other errors are of the process or the host."""
-
-_ROWS = 256
-"""Rows read or deleted at a time."""
 
 _T = TypeVar("_T")
 
@@ -115,10 +101,8 @@ class ChunkStore:
         (directory / INCOMING).mkdir(mode=0o750, parents=True, exist_ok=True)
         for leftover in (directory / INCOMING).iterdir():
             leftover.unlink()
-        # diskcache keeps a connection per thread and cannot close another's: one thread has it.
-        self._indexer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-index")
-        self._cache = self._indexer.submit(open_index, directory).result()
-        self._disk: ChunkDisk = self._cache.disk
+        self._account = ChunkAccount(directory)
+        self._disk = self._account.disk
         # Lock order: _removal, then _lock. _lock is taken by the event loop too and is never held
         # over a system call that may wait.
         self._lock = threading.Lock()
@@ -150,14 +134,8 @@ class ChunkStore:
                 if not self._trusts(digest) and not self._holds(digest, data):
                     self._disk.write(digest, data)
                     new += 1
-            self._index(lambda: self._insert_rows(stored))
+        self._account.add(stored)
         return new
-
-    def _insert_rows(self, chunks: Sequence[tuple[bytes, bytes]]) -> None:
-        with self._cache.transact():
-            for digest, data in chunks:
-                if digest not in self._cache:
-                    self._cache.set(digest, Written(len(data)))
 
     def _trusts(self, digest: bytes) -> bool:
         """Tell whether a chunk's file is there and unchanged since it was hashed."""
@@ -176,31 +154,6 @@ class ChunkStore:
                 return file.read(CHUNK_BYTES + 1) == data
         except FileNotFoundError:
             return False
-
-    def _index(self, operation: Callable[[], _T]) -> _T:
-        """Run an operation on diskcache in the thread that has its connection."""
-        return self._indexer.submit(self._with_index, operation).result()
-
-    def _with_index(self, operation: Callable[[], _T]) -> _T:
-        try:
-            return operation()
-        except (sqlite3.DatabaseError, diskcache.Timeout) as error:
-            if not is_damage(error):
-                raise
-            log.error("the chunk index is damaged (%s); it is made again", error)
-        self._renew_index()
-        return operation()
-
-    def _renew_index(self) -> None:
-        """Make the account again from the files, in the thread that has its connection."""
-        with suppress(sqlite3.Error):
-            self._cache.close()
-        discard_index(self._directory)
-        self._cache = open_index(self._directory)
-        for first_byte in range(256):
-            with self._cache.transact():
-                for digest in self.digests(first_byte):
-                    self._adopt(digest)
 
     def opened(self, digest: bytes) -> ChunkDescriptor | None:
         """Return the descriptor of a chunk that is open and verified, else None; never blocks."""
@@ -282,7 +235,7 @@ class ChunkStore:
 
     def path(self, digest: bytes) -> Path:
         """Return where a chunk's file is, or would be."""
-        return Path(self._disk.filename(digest)[1])
+        return self._account.path(digest)
 
     def __contains__(self, digest: bytes) -> bool:
         return self.path(digest).exists()
@@ -316,9 +269,10 @@ class ChunkStore:
                     self.path(digest).unlink()
                     removed += 1
             rows.append(digest)
-            if len(rows) >= _ROWS:
-                self._delete_rows(rows)
-        self._delete_rows(rows)
+            if len(rows) >= ROWS:
+                self._account.drop(rows)
+                rows.clear()
+        self._account.drop(rows)
         return removed
 
     def _forget(self, digest: bytes) -> None:
@@ -326,36 +280,13 @@ class ChunkStore:
             self._open.pop(digest, None)
             self._verified.pop(digest, None)
 
-    def _delete_rows(self, digests: list[bytes]) -> None:
-        def delete() -> None:
-            with full_disk_is_no_space(self._directory), self._cache.transact():
-                for digest in digests:
-                    if digest not in self:
-                        self._cache.delete(digest)
-
-        self._index(delete)
-        digests.clear()
-
     def digests(self, first_byte: int) -> Iterator[bytes]:
         """Yield the digests of all files whose digest starts with one byte."""
-        high, low = divmod(first_byte, 16)
-        for path in (self._directory / f"{high:x}" / f"{low:x}").glob("*"):
-            with suppress(ValueError):
-                yield bytes.fromhex(path.name)
+        return self._account.digests(first_byte)
 
     def reconcile(self) -> None:
         """Make the account agree with the files: rows without a file go, files get their row."""
-        keys: Iterator[bytes] = self._cache.iterkeys()
-        while batch := self._index(lambda: list(islice(keys, _ROWS))):
-            self._delete_rows([digest for digest in batch if digest not in self])
-        for first_byte in range(256):
-            for digest in self.digests(first_byte):
-                self._index(partial(self._adopt, digest))
-
-    def _adopt(self, digest: bytes) -> None:
-        if digest not in self._cache:
-            with suppress(FileNotFoundError), full_disk_is_no_space(self._directory):
-                self._cache.set(digest, Written(self.path(digest).stat().st_size))
+        self._account.reconcile()
 
     def sync(self) -> None:
         """Make every chunk put so far survive power loss, by one syncfs(2).
@@ -375,7 +306,7 @@ class ChunkStore:
 
     def statistics(self) -> ChunkStatistics:
         """Return what the store holds and did."""
-        chunks, size_bytes = self._index(lambda: (len(self._cache), self._cache.reset("size")))
+        chunks, size_bytes = self._account.totals()
         return ChunkStatistics(
             chunks=chunks,
             size_bytes=size_bytes,
@@ -389,8 +320,7 @@ class ChunkStore:
         """Close the index and forget the open files."""
         with self._lock:
             self._open.clear()
-        self._index(self._cache.close)
-        self._indexer.shutdown()
+        self._account.close()
 
     def _verify(self, digest: bytes, descriptor: ChunkDescriptor) -> bool:
         """Tell whether a file has its digest; False when another has taken its place meanwhile."""
@@ -425,7 +355,7 @@ class ChunkStore:
                 return False
         log.error("chunk %s is moved to quarantine", digest.hex())
         self._quarantined_count += 1
-        self._delete_rows([digest])
+        self._account.drop([digest])
         return True
 
 
