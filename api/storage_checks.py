@@ -14,11 +14,9 @@ from stratocache.cache.configuration import Configuration
 from stratocache.fs import reflink
 from stratocache.fs.losses import losses
 from stratocache.fs.pool import Pool
+from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.scrubbing import scrub_state
 from stratocache.fs.state import Database
-
-_SOCKET_PATH_BYTES_MAX = 107  # unix(7): sun_path, less its terminating zero
-_LONGEST_SOCKET = "poke.sock"
 
 
 def judge_state_directory(configuration: Configuration) -> Judgement:
@@ -41,13 +39,8 @@ def judge_state_directory(configuration: Configuration) -> Judgement:
 
 
 def judge_run_directory(configuration: Configuration) -> Judgement:
-    """Judge the directory of sockets."""
-    longest = configuration.run_dir.absolute() / _LONGEST_SOCKET
-    if len(os.fsencode(longest)) > _SOCKET_PATH_BYTES_MAX:
-        return broken(
-            f"{longest} is too long for a Unix socket",
-            f"Choose a run_dir so that it has {_SOCKET_PATH_BYTES_MAX} bytes at most.",
-        )
+    """Judge the directory of sockets; raises `InvalidInput` for one whose name is too long."""
+    RunDirectory(configuration.run_dir).require_short()
     parent = _existing(configuration.run_dir)
     if not os.access(parent, os.W_OK | os.X_OK):
         return broken(f"{parent} cannot be written", "Give write access, or run as root.")

@@ -72,17 +72,21 @@ class RunDirectory:
         """What `stratocache upgrade` wants (`upgrade`)."""
         return self.path / "upgrade.json"
 
-    def prepare(self, *others: Path | None) -> None:
-        """Make what is missing, and the other directories, private ones; change nothing else.
-
-        Raises `InvalidInput` (`run-dir-too-long`, `directory-unusable`).
-        """
+    def require_short(self) -> None:
+        """Raise `InvalidInput` (`run-dir-too-long`) unless sockets can have their names in here."""
         if len(os.fsencode(self.poke_socket)) > _SOCKET_PATH_BYTES_MAX:
             raise InvalidInput(
                 "run-dir-too-long",
                 f"{self.path} is too long for sockets in it; choose a shorter run_dir.",
                 field="run_dir",
             )
+
+    def prepare(self, *others: Path | None) -> None:
+        """Make what is missing, and the other directories, private ones; change nothing else.
+
+        Raises `InvalidInput` (`run-dir-too-long`, `directory-unusable`).
+        """
+        self.require_short()
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
             self.live.mkdir(mode=0o700, exist_ok=True)
