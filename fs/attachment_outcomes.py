@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from stratocache.cache.errors import Cancelled, StratocacheError
 from stratocache.fs.launch_ends import settle_ready
-from stratocache.fs.operations import fail, finish, undo_launch
+from stratocache.fs.operation_ends import fail, finish, undo_launch
 from stratocache.fs.records import Attachment
 from stratocache.fs.state import Database, record_event
 

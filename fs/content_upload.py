@@ -32,7 +32,6 @@ from stratocache.cache.errors import (
     InvalidInput,
     NotFound,
     NotVerified,
-    Refused,
 )
 from stratocache.cache.space import Space, full_disk_is_no_space
 from stratocache.fs import inventory, rights, transfers
@@ -154,8 +153,7 @@ class Uploads:
 
     def _writable_disk(self, caller: Caller, uuid: str) -> Disk:
         disk = inventory.disk(self._db, caller, uuid)
-        if not rights.rights(self._db, caller, disk).write:
-            raise Refused("disk-not-yours", f"Disk {uuid} belongs to {disk.owner}.")
+        rights.require_write(self._db, caller, disk)
         return disk
 
     def _require_ready(self, disk: Disk) -> None:

@@ -17,7 +17,7 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.layers import LAYOUT, DiskFiles
 from stratocache.fs.manifests import Manifests
-from stratocache.fs.operations import fail, finish
+from stratocache.fs.operation_ends import fail, finish
 from stratocache.fs.records import Disk, DiskForm, Operation, Snapshot, SnapshotForm
 from stratocache.fs.state import Database, now
 from stratocache.fs.target_reconciliation import TargetReconciliation

@@ -15,8 +15,8 @@ from stratocache.fs.disk_presence import DiskPresence
 from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.manifests import Manifests
+from stratocache.fs.operation_ends import fail, finish, undo_launch
 from stratocache.fs.operation_intents import stop_work
-from stratocache.fs.operations import fail, finish, undo_launch
 from stratocache.fs.records import Disk, DiskForm
 from stratocache.fs.state import Database, record_event, timestamp
 

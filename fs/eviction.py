@@ -21,8 +21,8 @@ from stratocache.cache.errors import Conflict, InvalidInput, NoSpace, NotFound
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
 from stratocache.fs.keep_plan import Candidate, choose, eviction_plan, why_kept
+from stratocache.fs.operation_ends import finish
 from stratocache.fs.operation_intents import add_operation
-from stratocache.fs.operations import finish
 from stratocache.fs.records import Caller, Operation
 from stratocache.fs.rights import require_operator
 from stratocache.fs.scrubbing import empty_quarantine

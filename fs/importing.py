@@ -8,7 +8,7 @@ from stratocache.fs.content_import import Importer
 from stratocache.fs.disk_intents import insert_disk
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.import_intents import IMPORT_DISK, ImportRequest
-from stratocache.fs.operations import finish
+from stratocache.fs.operation_ends import finish
 from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import DiskRequest, Operation
 from stratocache.fs.state import Database, record_event

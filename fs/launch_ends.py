@@ -5,7 +5,7 @@ from typing import cast
 
 from stratocache.cache.errors import ErrorRecord, from_record
 from stratocache.fs import inventory, records
-from stratocache.fs.operations import fail, finish
+from stratocache.fs.operation_ends import fail, finish
 from stratocache.fs.records import Launch
 from stratocache.fs.state import Database, later, record_event
 

@@ -11,7 +11,7 @@ import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -22,7 +22,7 @@ from stratocache.cache.errors import (
     StratocacheError,
 )
 from stratocache.cache.structured_log import ON_BEHALF, OnBehalf
-from stratocache.fs import launch_intents, records
+from stratocache.fs import records
 from stratocache.fs.acquisition import Acquisition, Report
 from stratocache.fs.cache_savings import count_savings
 from stratocache.fs.launch_rows import (
@@ -32,9 +32,10 @@ from stratocache.fs.launch_rows import (
     launch_request,
     record_cached,
 )
+from stratocache.fs.operation_ends import fail, finish, undo_launch
 from stratocache.fs.pace import Pace
 from stratocache.fs.records import DiskRequest, Image, LaunchRequest, Operation
-from stratocache.fs.state import Database, now, record_event
+from stratocache.fs.state import Database, now
 
 log = logging.getLogger(__name__)
 
@@ -304,68 +305,3 @@ class Operations:
             undo_launch(connection, self._db, operation.subject, error)
         else:
             fail(connection, operation.kind, operation.subject, error, operation.id)
-
-
-def finish(
-    connection: sqlite3.Connection,
-    kind: str,
-    subject: str,
-    result: dict[str, Any],
-    operation_id: str | None = None,
-) -> None:
-    """End the open operations of a kind on a subject (or one of them) as done."""
-    ended = _end(connection, kind, subject, "done", "result", result, operation_id)
-    if ended:
-        message = f"{kind} of {subject} is done."
-        record_event(connection, f"{kind}.done", subject, message, asker=ended[0]["owner"])
-
-
-def fail(
-    connection: sqlite3.Connection,
-    kind: str,
-    subject: str,
-    error: StratocacheError,
-    operation_id: str | None = None,
-) -> None:
-    """End the open operations of a kind on a subject (or one of them) as failed or cancelled."""
-    state = "cancelled" if isinstance(error, Cancelled) else "failed"
-    record = dict(error.to_record())
-    ended = _end(connection, kind, subject, state, "error", record, operation_id)
-    if ended:
-        record_event(connection, f"{kind}.{state}", subject, error.message, asker=ended[0]["owner"])
-
-
-def undo_launch(
-    connection: sqlite3.Connection, db: Database, instance: str, error: StratocacheError
-) -> None:
-    """Mark all of a launch for removal; its operation fails once nothing of it is left."""
-    launch_intents.end_launch(connection, db, instance)
-    connection.execute(
-        "UPDATE operations SET error = coalesce(error, ?) WHERE kind = 'launch' AND subject = ? "
-        "AND state IN ('pending', 'running')",
-        (json.dumps(error.to_record()), instance),
-    )
-
-
-def _end(
-    connection: sqlite3.Connection,
-    kind: str,
-    subject: str,
-    state: str,
-    column: str,
-    value: dict[str, Any],
-    operation_id: str | None,
-) -> list[sqlite3.Row]:
-    return connection.execute(
-        f"UPDATE operations SET state = :state, {column} = :value, updated_at = :at "  # nosec B608 # no value in it
-        "WHERE kind = :kind AND subject = :subject AND state IN ('pending', 'running') "
-        "AND (:id IS NULL OR id = :id) RETURNING owner",
-        {
-            "state": state,
-            "value": json.dumps(value),
-            "at": now(),
-            "kind": kind,
-            "subject": subject,
-            "id": operation_id,
-        },
-    ).fetchall()

@@ -6,7 +6,7 @@ edited may have some, and whoever waits for them would wait for ever.
 
 from stratocache.cache.errors import Cancelled
 from stratocache.fs import records
-from stratocache.fs.operations import fail, finish
+from stratocache.fs.operation_ends import fail, finish
 from stratocache.fs.state import Database
 
 _OPEN = "SELECT * FROM operations WHERE state IN ('pending', 'running')"

@@ -24,7 +24,7 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.manifests import Manifests
 from stratocache.fs.migrations import is_migrating
-from stratocache.fs.operations import finish
+from stratocache.fs.operation_ends import finish
 from stratocache.fs.records import Caller, Disk, Operation
 from stratocache.fs.state import Database, record_event
 from stratocache.fs.target_reconciliation import TargetReconciliation

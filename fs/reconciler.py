@@ -23,7 +23,7 @@ from stratocache.fs.disk_work import DiskWork
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.leases import Leases, utc_now
 from stratocache.fs.manifests import Manifests
-from stratocache.fs.operations import fail, finish
+from stratocache.fs.operation_ends import fail, finish
 from stratocache.fs.partition import mounted_images
 from stratocache.fs.state import Database
 from stratocache.fs.target import TargetDaemon

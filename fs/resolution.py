@@ -15,8 +15,8 @@ from stratocache.cache.entry import LOCAL_CATALOGUE, Entry
 from stratocache.cache.errors import StratocacheError
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Acquisition, Report
+from stratocache.fs.operation_ends import finish
 from stratocache.fs.operation_intents import add_operation
-from stratocache.fs.operations import finish
 from stratocache.fs.records import READABLE, Caller, Image, Operation
 from stratocache.fs.state import Database
 

@@ -24,7 +24,7 @@ from stratocache.cache.publication import Description, Measurement
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
 from stratocache.fs.disks import DiskStore
-from stratocache.fs.operations import finish
+from stratocache.fs.operation_ends import finish
 from stratocache.fs.records import COMPLETE, Image, Operation, SaveRequest, Snapshot
 from stratocache.fs.state import Database, now, record_event
 

@@ -17,8 +17,8 @@ from stratocache.cache.repair import Repairer
 from stratocache.fs import inventory
 from stratocache.fs.acquisition import Report
 from stratocache.fs.image_lookup import rejected
+from stratocache.fs.operation_ends import finish
 from stratocache.fs.operation_intents import add_operation
-from stratocache.fs.operations import finish
 from stratocache.fs.provisional import ProvisionalImages
 from stratocache.fs.records import COMPLETE, Caller, Operation
 from stratocache.fs.rights import require_operator
