@@ -13,7 +13,7 @@ INSTALL := packaging/install-dependencies
 RUNTIME_PACKAGES := packaging/apt-packages.txt
 TEST_PACKAGES := packaging/apt-packages-test.txt
 
-.PHONY: help venv test-tools demo test lint man bench crash serve clean
+.PHONY: help venv test-tools demo test lint man audit bench crash serve clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
