@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def test_reads_are_hits_or_misses_by_what_they_found(host: Host) -> None:
     """Of a lazy image the first read of each chunk is a miss unless it came before, all others are
     hits; readers' bytes are what they got."""
     _publish_index(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def read(reader: ImageReader) -> None:
@@ -96,14 +95,14 @@ def test_reads_are_hits_or_misses_by_what_they_found(host: Host) -> None:
                 await reader.read(offset, 20)
 
     async def script(_: Operations) -> None:
-        assert host.record is not None and host.resource.blocked is not None
+        assert host.record is not None
         while not inventory.images(host.db) or not inventory.images(host.db)[0].size_bytes:  # noqa: ASYNC110 -- it is in a database
             await trio.sleep(0.01)
         reader = host.images.reader(IDENTIFIER)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, reader)
             await trio.testing.wait_all_tasks_blocked(0.05)
-            host.resource.blocked.set()
+            host.resource.let_go()
         counts = reader.counts
         assert counts.hits + counts.misses == CHUNKS + 3  # the last read is of two chunks
         assert counts.hit_bytes + counts.miss_bytes == (CHUNKS + 2) * 20

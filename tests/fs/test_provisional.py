@@ -113,7 +113,7 @@ async def _recorded(host: Host, instance: str = "vm1") -> None:
 def test_a_launch_does_not_wait_for_the_image(host: Host) -> None:
     """With an endorsed index the clone is there after one chunk; the rest follows as a fetch."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     _launch(host)
 
     async def script(operations: Operations) -> None:
@@ -123,8 +123,7 @@ def test_a_launch_does_not_wait_for_the_image(host: Host) -> None:
         await operations.look()
         [fetch] = [item for item in inventory.operations(host.db) if item.kind == "fetch"]
         assert fetch.state in ("pending", "running")
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
         ended = await host.end(fetch)
         assert (ended.state, ended.result) == ("done", {"image": IDENTIFIER})
 
@@ -266,7 +265,7 @@ def test_a_qcow2_image_is_launched_by_ranges_of_its_file(host: Host) -> None:
     image = raw.read_bytes()
     packed = qcow2_of(raw, host.folder / "qcow2").read_bytes()
     host.resource.data = packed
-    host.resource.blocked, host.resource.free = threading.Event(), 5
+    host.resource.hold(after=5)
     index = index_of(image, host.folder)
     url = host.origin.add("/image.caibx", index)
     identifier = host.publish(
@@ -278,8 +277,7 @@ def test_a_qcow2_image_is_launched_by_ranges_of_its_file(host: Host) -> None:
         await _recorded(host)
         found = inventory.image(host.db, identifier)
         assert (found.state, found.size_bytes) == ("provisional", len(image))
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
         await _until(lambda: inventory.image(host.db, identifier).state == "verified")
 
     host.run(script)
@@ -409,7 +407,7 @@ def test_what_was_served_unproven_stays_what_it_was(host: Host, change: str) -> 
 def test_a_process_that_died_has_its_image_completed_by_the_next(host: Host) -> None:
     """What came before a death is kept: no chunk is fetched twice, and the launch stands."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 2
+    host.resource.hold(after=2)
     _launch(host)
 
     async def die(operations: Operations) -> None:
@@ -419,7 +417,7 @@ def test_a_process_that_died_has_its_image_completed_by_the_next(host: Host) -> 
     host.run(die)
     before = len(list(_chunk_files(host)))
     assert before < CHUNKS
-    host.resource.blocked.set()
+    host.resource.let_go()
     host.origin.log.clear()
     host.images = type(host.images)(host.configuration.state_dir, host.chunks)
 
@@ -476,7 +474,7 @@ def test_a_rejected_image_fences_its_disks(host: Host) -> None:
 def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:
     """An image of which nothing was made goes with the operation that wanted it."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     fetch = image_intents.request_fetch(host.db, ROOT_CALLER, IDENTIFIER)
 
     async def script(operations: Operations) -> None:
@@ -485,8 +483,7 @@ def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:
         await operations.look()
         assert (await host.end(fetch)).state == "cancelled"
         await _state(host, "deleting")
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
         assert host.provisional is not None
         await host.provisional.stop(IDENTIFIER)
         await trio.to_thread.run_sync(host.images.remove, IDENTIFIER)
@@ -498,7 +495,7 @@ def test_a_cancelled_fetch_that_nobody_uses_leaves_nothing(host: Host) -> None:
 def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
     """A disk's image goes on being completed, whatever becomes of the operation that shows it."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     _launch(host)
 
     async def script(operations: Operations) -> None:
@@ -508,8 +505,7 @@ def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
         operation_intents.request_cancel(host.db, ROOT_CALLER, fetch.id)
         await operations.look()
         assert (await host.end(fetch)).state == "cancelled"
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
         await _state(host, "verified")
 
     host.run(script)
@@ -518,7 +514,7 @@ def test_a_launch_keeps_an_image_whose_fetch_is_cancelled(host: Host) -> None:
 def test_an_incomplete_image_that_a_disk_began_as_stays(host: Host) -> None:
     """It cannot be deleted, even when the disk reads a snapshot: that may lack chunks too."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     _launch(host)
 
     async def script(operations: Operations) -> None:
@@ -527,8 +523,7 @@ def test_an_incomplete_image_that_a_disk_began_as_stays(host: Host) -> None:
         with pytest.raises(Conflict) as caught:
             image_intents.request_image_deletion(host.db, ROOT_CALLER, IDENTIFIER)
         assert caught.value.code == "image-in-use"
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
 
     host.run(script)
 
@@ -548,7 +543,7 @@ class _Nowhere:
 def test_what_has_not_come_yet_is_no_loss(host: Host) -> None:
     """Scrubber, check and plans know what is on its way, also of a snapshot that shares it."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     _launch(host)
 
     async def script(operations: Operations) -> None:
@@ -565,8 +560,7 @@ def test_what_has_not_come_yet_is_no_loss(host: Host) -> None:
             "it is not complete yet",
             CHUNKS - here,
         )
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
         data = await host.images.reader("snapshot").read(0, len(IMAGE))
         assert data == IMAGE
         await _state(host, "verified")
@@ -579,7 +573,7 @@ def test_what_has_not_come_yet_is_no_loss(host: Host) -> None:
 def test_verifying_completes_first(host: Host) -> None:
     """Who asks for an image to be verified gets one that needs no origin any more, unrepaired."""
     _publish(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 1
+    host.resource.hold(after=1)
     _launch(host)
 
     async def script(operations: Operations) -> None:
@@ -588,11 +582,11 @@ def test_verifying_completes_first(host: Host) -> None:
         async with trio.open_nursery() as nursery:
             record = RepairRecord(host.db, lambda: None)
             repairer = Repairer(host.images, _Nowhere(), record, nursery)
-            assert host.provisional is not None and host.resource.blocked is not None
+            assert host.provisional is not None
             verification = Verification(host.db, host.images, repairer, host.provisional)
             nursery.start_soon(verification.perform, operation, lambda done, total: None)
             await trio.testing.wait_all_tasks_blocked()
-            host.resource.blocked.set()
+            host.resource.let_go()
         ended = inventory.operation(host.db, operation.id)
         assert (ended.state, ended.result) == ("done", {"chunks": CHUNKS, "repaired": 0})
 

@@ -1,7 +1,6 @@
 """Images that their catalogue takes back, or that are not proven yet: what may be made of them."""
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -288,7 +287,7 @@ def test_only_who_asks_gets_unproven_bytes(host: Host) -> None:
     """Of an image on its way that nothing proves a launch is made at once if it says so and its
     endorser may be trusted; others wait until the image is verified."""
     _allow(host)
-    host.resource.blocked, host.resource.free = threading.Event(), 0
+    host.resource.hold(after=0)
 
     async def script(operations: Operations) -> None:
         assert host.catalogues is not None
@@ -307,8 +306,7 @@ def test_only_who_asks_gets_unproven_bytes(host: Host) -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert not _recorded(host, "patient")
         assert inventory.find_disk(host.db, clone.subject) is None
-        assert host.resource.blocked is not None
-        host.resource.blocked.set()
+        host.resource.let_go()
         await _until(lambda: _recorded(host, "patient"))
         assert _state(host) == "verified"
         await _until(lambda: inventory.find_disk(host.db, clone.subject) is not None)

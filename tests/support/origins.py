@@ -57,6 +57,15 @@ class Resource:
     """While there is one, answers to all but the first `free` requests wait until it is set."""
     free: int = 0
 
+    def hold(self, *, after: int) -> None:
+        """Let all answers but the first so many wait for `let_go`."""
+        self.blocked, self.free = threading.Event(), after
+
+    def let_go(self) -> None:
+        """Let all answers go on."""
+        assert self.blocked is not None
+        self.blocked.set()
+
     def next_fault(self) -> Fault:
         """Return what goes wrong with the next answer."""
         if self.faults:
