@@ -1,11 +1,8 @@
 """The base of an overlay disk: bytes that never change, with zeros behind their end."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from stratocache.cache.chunks import CHUNK_BYTES
-
-if TYPE_CHECKING:
-    from stratocache.fs.stack import FrozenLayer
 
 
 class BlockSource(Protocol):
@@ -39,7 +36,8 @@ class Chunked(Protocol):
 class Base:
     """The base of a disk, with zeros behind its end; None is a base of no bytes."""
 
-    frozen: "FrozenLayer | None" = None
+    frozen: None = None
+    """No layer: see `stratocache.fs.stack.FrozenLayer`."""
 
     def __init__(self, source: BlockSource | None) -> None:
         self._source = source

@@ -51,6 +51,30 @@ def test_imports_point_one_way(room: str) -> None:
     assert wrong == []
 
 
+def test_no_modules_import_each_other() -> None:
+    """No module needs, by whatever way, one that needs it; imports for types alone count too."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in _sources(*ROOMS)
+    }
+    needed = {
+        name: set(_needed(ast.parse(path.read_text()))) & set(names) for name, path in names.items()
+    }
+
+    while free := {name for name, wanted in needed.items() if not wanted}:
+        needed = {name: wanted - free for name, wanted in needed.items() if name not in free}
+
+    assert sorted(needed) == []
+
+
+def _needed(tree: ast.Module) -> Iterator[str]:
+    """Yield what may be a module of ours among the names that a module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stratocache."):
+            module = (node.module or "").removeprefix("stratocache.")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
 def test_supervisor_needs_only_the_standard_library() -> None:
     """The supervisor and what it imports of ours load nothing from outside the standard library."""
     probe = (
