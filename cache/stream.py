@@ -149,7 +149,6 @@ class _Growth:
         self._moved = moved
         self._size_bytes = stage.downloaded_bytes()
         self._grown = trio.Event()
-        self._size_read = -1
 
     def note(self, size_bytes: int, _: int | None) -> None:
         """Take note of the file's length."""

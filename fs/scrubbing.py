@@ -102,7 +102,6 @@ class Scrubbing:
         )
         self._limiter = trio.CapacityLimiter(1)
         self._changed = trio.Event()
-        self._paused = False
         self._saved_at = 0.0
 
     def look(self) -> None:

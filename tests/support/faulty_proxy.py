@@ -211,10 +211,6 @@ class FaultyProxy:
         names = sorted(FAULTS)
         self.choose = lambda: self.chance.choice(names) if self.chance.random() < rate else None
 
-    def behave(self) -> None:
-        """Let every request through from now on."""
-        self.choose = lambda: None
-
 
 @contextmanager
 def faulty_proxy(target_port: int) -> Iterator[FaultyProxy]:
