@@ -75,7 +75,7 @@ def _space(space: "Document") -> Iterator[tuple[str, list[Line]]]:
     free_share = space["free_bytes"] / total_bytes if total_bytes else 0
     parts = space_parts(space)
     bar: Line = list(plots.stacked_line([(kind, size) for _name, size, kind in parts]))
-    yield "space", [[*bar, (f"  {format_size(total_bytes)}, {free_share:.0%} free", "")]]
+    yield "space", [[*bar, (f"  {format_size(total_bytes)}, {100 * free_share:.0f} % free", "")]]
     legend: Line = []
     for name, size_bytes, kind in parts:
         gap = ", " if legend else ""
