@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.api_daemon import ROOT, Api, end_badly, insert_disk, serving, standing_in
 from support.relay import Limit, relay
+from support.web_server import running
 
 from stratocache.api.client import Client
 from stratocache.api.problem import document_of
@@ -41,14 +42,8 @@ def answering(path: Path, status: int, body: bytes) -> Iterator[Client]:
         def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
             return super().get_request()[0], ("local", 0)
 
-    with UnixServer(str(path), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield Client(path)
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(UnixServer(str(path), Handler)):
+        yield Client(path)
 
 
 @pytest.mark.parametrize("category", TITLES)

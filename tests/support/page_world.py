@@ -28,6 +28,7 @@ from stratocache.fs import attachment_intents, image_intents, shares, snapshot_i
 from stratocache.fs.records import Caller
 from stratocache.fs.state import Database, record_event
 from support.api_daemon import IMAGE_ID, caller_socket, entry, insert_disk, insert_image, perform
+from support.web_server import running
 
 ROOT = Caller("root", "admin")
 USER = Caller("nobody", "user")
@@ -203,14 +204,9 @@ def page_server(
             known = {"gunicorn.socket": connection} if local else {}
             return app({**environ, **known}, start_response)
 
-        with make_server("127.0.0.1", port, as_root, _Server, _Quiet) as server:
-            thread = threading.Thread(target=server.serve_forever)
-            thread.start()
-            try:
-                yield f"http://127.0.0.1:{server.server_port}"
-            finally:
-                server.shutdown()
-                thread.join()
+        server = make_server("127.0.0.1", port, as_root, _Server, _Quiet)
+        with running(server):
+            yield f"http://127.0.0.1:{server.server_port}"
 
 
 def main() -> None:

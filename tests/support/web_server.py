@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseServer
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -22,18 +23,25 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
+def running(server: BaseServer) -> Iterator[None]:
+    """Let a server answer until the end of the block."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    with server:
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
 def serving(handler: type[Handler]) -> Iterator[str]:
     """Serve until the end of the block; yields the base URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with running(server):
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def begin_file(handler: Handler, folder: Path) -> tuple[Path, int, int] | None:
