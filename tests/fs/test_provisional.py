@@ -418,6 +418,7 @@ def test_a_process_that_died_has_its_image_completed_by_the_next(host: Host) -> 
     before = len(list(_chunk_files(host)))
     assert before < CHUNKS
     host.resource.let_go()
+    host.origin.settle()
     host.origin.log.clear()
     host.images = type(host.images)(host.configuration.state_dir, host.chunks)
 

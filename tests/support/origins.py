@@ -6,6 +6,7 @@ none is left. The server logs what it was asked and what it sent.
 
 import random
 import re
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from support.web_server import Handler
 
 _PIECE_BYTES = 64 * 1024
+_SETTLED_S = 60
 
 
 @dataclass
@@ -87,6 +89,39 @@ class Request:
     sent_bytes: int = 0
 
 
+class _Server(ThreadingHTTPServer):
+    """Knows how many connections it has."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[Handler]) -> None:
+        super().__init__(address, handler)
+        self._connections = 0
+        self._changed = threading.Condition()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin with a connection, in the thread that accepts all of them."""
+        self._count(1)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer until the client has gone."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._connections += change
+            self._changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Return when nobody is connected."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._connections, _SETTLED_S)
+
+
 class OriginServer:
     """Serves `resources`; its `log` grows with every request."""
 
@@ -94,10 +129,20 @@ class OriginServer:
         self.resources: dict[str, Resource] = {}
         self.log: list[Request] = []
         self._address = address
-        self._server = ThreadingHTTPServer((address, port), _handler(self))
+        self._server = _Server((address, port), _handler(self))
         self.port = self._server.server_address[1]
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+
+    def settle(self) -> None:
+        """Return when all connections so far have ended, as those of clients that died will.
+
+        Until then the server may find a request in what a client sent before its death.
+        """
+        with socket.create_connection((self._address, self.port), _SETTLED_S) as last:
+            last.sendall(b"GET /settled HTTP/1.0\r\n\r\n")
+            while last.recv(_PIECE_BYTES):
+                pass  # accepted in turn: all before it have been, too
+        self._server.wait_until_idle()
 
     def __enter__(self) -> Self:
         self._thread.start()
