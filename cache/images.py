@@ -7,7 +7,8 @@ image that is being made) names them; FETCH.md says why no race can remove one t
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -158,20 +159,39 @@ class ImageStore(ManifestFolder):
         A crash in between leaves chunks that `sweep` removes. The caller has made sure that
         nobody reads the image. Raises `NotFound` (`image-not-found`).
         """
+        candidates = self._chunks_of(identifier)
+        self._remove({identifier: candidates})
+
+    def remove_all(self, identifiers: Collection[str]) -> None:
+        """Remove images as `remove` does, with one look at what else uses their chunks; one that is
+        not there is no error."""
+        found: dict[str, set[bytes]] = {}
+        for identifier in identifiers:
+            with suppress(NotFound):
+                found[identifier] = self._chunks_of(identifier)
+        if found:
+            self._remove(found)
+
+    def _chunks_of(self, identifier: str) -> set[bytes]:
+        """Return the chunks of an image that is about to go; raises `NotFound`."""
         growing = self.growing(identifier)
         try:
             known = growing if growing is not None else self.manifest(identifier)
-            candidates = set(known.stored())
+            return set(known.stored())
         except NotVerified as error:
             log.warning("removing image %s without its chunks: %s", identifier, error)
-            candidates = set()
-        self._grown(identifier)
-        self.manifest_path(identifier).unlink(missing_ok=True)
+            return set()
+
+    def _remove(self, found: Mapping[str, set[bytes]]) -> None:
+        for identifier in found:
+            self._grown(identifier)
+            self.manifest_path(identifier).unlink(missing_ok=True)
         fsync_directory(self._directory)
-        seals.remove(self._state_dir, identifier)
-        with self._lock:
-            self._readers.pop(identifier, None)
-        self._remove_unused(candidates)
+        for identifier in found:
+            seals.remove(self._state_dir, identifier)
+            with self._lock:
+                self._readers.pop(identifier, None)
+        self._remove_unused(set().union(*found.values()))
 
     def reduce(self, identifier: str, keep: Collection[bytes]) -> int:
         """Remove the chunks of an image but for some and what else uses; its manifest stays.

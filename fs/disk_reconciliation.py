@@ -1,6 +1,8 @@
 """Disks on their way in and out: files are made or removed, then the rows say so."""
 
 import logging
+import sqlite3
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import trio
@@ -222,28 +224,45 @@ class DiskReconciliation:
                     )  # fmt: skip
 
     async def delete(self) -> None:
-        """Remove the files and rows of disks that nobody has attached any more."""
-        for row in self._db.rows(_DELETABLE):
-            disk = records.disk_from(row)
+        """Remove the files and rows of disks that nobody has attached any more, several at a time."""
+        disks = [records.disk_from(row) for row in self._db.rows(_DELETABLE)]
+        if not disks:
+            return
+        gone: list[Disk] = []
+        limiter = trio.CapacityLimiter(_PARALLEL_DISKS)
+
+        async def remove(disk: Disk) -> None:
             await self._work.interrupt(disk.uuid)
             self._blocks.forget_disk(disk.number)
             try:
-                await trio.to_thread.run_sync(self._disks.delete, disk.uuid)
+                await trio.to_thread.run_sync(self._disks.delete, disk.uuid, limiter=limiter)
             except OSError:
                 log.exception("deleting disk %s failed; it is tried again", disk.uuid)
-                continue
-            await trio.to_thread.run_sync(self._record_deleted_disk, disk)
+            else:
+                gone.append(disk)
 
-    def _record_deleted_disk(self, disk: Disk) -> None:
+        async with trio.open_nursery() as nursery:
+            for disk in disks:
+                nursery.start_soon(remove, disk)
+        await trio.to_thread.run_sync(self._record_deleted_disks, gone)
+
+    def _record_deleted_disks(self, disks: list[Disk]) -> None:
+        manifests: set[str | None] = set()
+        with self._db.transaction() as connection:
+            for disk in disks:
+                manifests |= {disk.base_manifest, *self._record_deleted_disk(connection, disk)}
+        self._manifests.collect(*manifests)
+
+    def _record_deleted_disk(self, connection: sqlite3.Connection, disk: Disk) -> Sequence[str]:
+        """Remove the rows of a disk; return its snapshots, which have gone too."""
         gone = Cancelled("disk-deleted", f"Disk {disk.uuid} has been deleted.")
         snapshots = [item.id for item in inventory.snapshots(self._db, disk.uuid)]
-        with self._db.transaction() as connection:
-            for snapshot_id in snapshots:
-                fail(connection, "snapshot", snapshot_id, gone)
-                finish(connection, "delete-snapshot", snapshot_id, {})
-            for kind in ("rollback", "resize"):
-                fail(connection, kind, disk.uuid, gone)
-            connection.execute("DELETE FROM snapshots WHERE disk_uuid = ?", (disk.uuid,))
-            connection.execute("DELETE FROM disks WHERE uuid = ?", (disk.uuid,))
-            finish(connection, "delete-disk", disk.uuid, {})
-        self._manifests.collect(disk.base_manifest, *snapshots)
+        for snapshot_id in snapshots:
+            fail(connection, "snapshot", snapshot_id, gone)
+            finish(connection, "delete-snapshot", snapshot_id, {})
+        for kind in ("rollback", "resize"):
+            fail(connection, kind, disk.uuid, gone)
+        connection.execute("DELETE FROM snapshots WHERE disk_uuid = ?", (disk.uuid,))
+        connection.execute("DELETE FROM disks WHERE uuid = ?", (disk.uuid,))
+        finish(connection, "delete-disk", disk.uuid, {})
+        return snapshots

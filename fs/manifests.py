@@ -61,20 +61,20 @@ class Manifests:
 
     def collect(self, *names: str | None) -> None:
         """Remove those of these manifests that nothing names any more."""
-        for name in names:
-            if name is None or self._is_named(name):
-                continue
-            try:
-                self.remove(name)
-            except OSError:
-                log.exception("manifest %s stays until the next start", name)
+        unnamed = sorted({name for name in names if name is not None and not self._is_named(name)})
+        if not unnamed:
+            return
+        try:
+            self.remove(*unnamed)
+        except OSError:
+            log.exception("manifests stay until the next start, some of %s", ", ".join(unnamed))
 
-    def remove(self, name: str) -> None:
-        """Remove a manifest and the chunks that no other one names; absent is fine."""
-        with suppress(NotFound, NotVerified):
-            self._disks.forget_image(self._images.reader(name))
-        with suppress(NotFound):
-            self._images.remove(name)
+    def remove(self, *names: str) -> None:
+        """Remove manifests and the chunks that no other one names; absent is fine."""
+        for name in names:
+            with suppress(NotFound, NotVerified):
+                self._disks.forget_image(self._images.reader(name))
+        self._images.remove_all(names)
 
     def _is_named(self, name: str) -> bool:
         return self._db.row(f"SELECT 1 FROM ({_NAMED}) WHERE name = ?", name) is not None  # nosec B608 # no value in it

@@ -74,6 +74,8 @@ class Database:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        # what a block needs to be undone by itself, which else is written to a file each time
+        connection.execute("PRAGMA temp_store = MEMORY")
         connection.create_function("seal", 2, self.secrets.seal)
         with self._lock:
             self._opened.append(connection)

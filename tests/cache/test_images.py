@@ -206,6 +206,22 @@ def test_removal_keeps_chunks_that_another_image_uses(images: ImageStore, state_
         images.remove("two")
 
 
+def test_removal_of_several_takes_what_only_they_share(images: ImageStore, state_dir: Path) -> None:
+    """Images that go together take the chunks that only they have in common; those of who stays stay,
+    and one that is not there hinders nothing."""
+    common, kept = _data("c", CHUNK_BYTES), _data("k", CHUNK_BYTES)
+    _publish(images, "one", common + _data("1", CHUNK_BYTES))
+    _publish(images, "two", common + kept)
+    _publish(images, "three", kept)
+
+    images.remove_all(["one", "never", "two"])
+
+    assert images.identifiers() == ["three"]
+    assert len(_stored(state_dir)) == 1
+    assert images.reader("three").read_blocking(0, CHUNK_BYTES) == kept
+    images.remove_all(["never"])
+
+
 def test_an_abandoned_draft_leaves_only_what_others_use(
     images: ImageStore, state_dir: Path
 ) -> None:

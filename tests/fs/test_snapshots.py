@@ -112,6 +112,40 @@ def refusal(call: object, *arguments: object, **options: object) -> tuple[type, 
     return type(caught.value), caught.value.code
 
 
+@pytest.mark.root
+def test_disks_are_deleted_together_and_fail_singly(host: DiskHost) -> None:
+    """Of several disks that go at once one whose files cannot go stays until they can; the others
+    are gone, with their snapshots and the manifests that nothing else names."""
+    hindered, *others = [clone(host) for _ in range(3)]
+    host.write(others[0], 0, b"changed")
+    taken = snapshot(host, others[0])
+    host.rest()
+    assert host.manifests() == {IMAGE, taken}
+
+    async def ended(daemon: DiskDaemon) -> None:
+        with trio.fail_after(60):
+            while inventory.operation(host.db, asked[-1].id).state != "done":  # noqa: ASYNC110 -- rows tell nobody
+                await trio.sleep(0.01)
+
+    directory = host.configuration.state_dir / "disks" / hindered
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+    try:
+        asked = [
+            disk_intents.delete_disk(host.db, ROOT, uuid, with_snapshots=True)
+            for uuid in (hindered, *others)
+        ]
+        host.run(ended)
+        assert [inventory.operation(host.db, each.id).state for each in asked] == [
+            "pending", "done", "done",
+        ]  # fmt: skip
+        assert [row["uuid"] for row in host.db.rows("SELECT uuid FROM disks")] == [hindered]
+        assert host.db.rows("SELECT id FROM snapshots") == []
+        assert host.manifests() == {IMAGE}
+    finally:
+        subprocess.run(["umount", directory], check=True)
+    assert host.end(asked[0]).state == "done"
+
+
 def test_rollback_to_any_of_many_snapshots(any_host: DiskHost) -> None:
     """Each snapshot of a long row gives back what the disk was, in any order."""
     host, chance = any_host, Random(1)

@@ -91,7 +91,7 @@ class CrashingImages(ImageStore):
 
     def __init__(self, state_dir: Path, chunks: ChunkStore, fuse: Fuse) -> None:
         super().__init__(state_dir, chunks)
-        for name in ("publish", "remove"):
+        for name in ("publish", "remove", "remove_all"):
             setattr(self, name, dying(getattr(self, name), fuse))
 
 
