@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ GROUP = "tpgt_1"
 """The only portal group of every target."""
 BACKSTORE_PREFIX = "stratocache-"
 
+_BEGIN_S = 10.0
 _SUSPEND_S = 1.0
 _FIRST_DESCRIPTOR = 3  # after the standard ones
 _POLL_INTERVAL_S = 0.005
@@ -48,9 +49,9 @@ def backing(group: Path) -> str | None:
 def suspend(folder: Path) -> "Suspension":
     """Close the sessions of all our targets on files below `folder` and let nobody in.
 
-    Their initiators try again and again, as after a broken line. Return after a second at the
-    latest: closing a session waits for its commands, which may wait for what is about to end, but
-    answers none of them any more.
+    Their initiators try again and again, as after a broken line. Closing a session waits for its
+    commands, which may wait for what is about to end, but answers none of them any more: return a
+    moment after all wait.
     """
     prefix = f"{folder}/"
     waiting = [
@@ -59,6 +60,7 @@ def suspend(folder: Path) -> "Suspension":
         if (backing(group) or "").startswith(prefix)
     ]
     suspension = Suspension(waiting)
+    suspension.begin(_BEGIN_S)
     suspension.wait(_SUSPEND_S)
     return suspension
 
@@ -69,14 +71,33 @@ class Suspension:
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
 
+    def begin(self, timeout_s: float) -> bool:
+        """Return whether all have ended or wait in the kernel, which then has told the threads of
+        their sessions to end; before that they answer."""
+        return _poll(timeout_s, lambda: all(_waits(pid) for pid in self._running()))
+
     def wait(self, timeout_s: float) -> bool:
         """Return whether all have ended in time."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._pids = [pid for pid in self._pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
-            if not self._pids or time.monotonic() > deadline:
-                return not self._pids
-            time.sleep(_POLL_INTERVAL_S)
+        return _poll(timeout_s, lambda: not self._running())
+
+    def _running(self) -> list[int]:
+        self._pids = [pid for pid in self._pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+        return self._pids
+
+
+def _poll(timeout_s: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_INTERVAL_S)
+    return True
+
+
+def _waits(pid: int) -> bool:
+    """Whether a process that is not reaped yet waits and cannot be interrupted; see proc(5)."""
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state in ("D", "Z")
 
 
 def remove_all() -> None:
