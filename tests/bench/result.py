@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """Samples of one figure and the goal it is held against."""
+    """Samples of one figure, and the goal that it is held against."""
 
     name: str
     unit: str
     samples: Sequence[float]
-    goal: float
+    goal: float | None = None
+    """None of what is only told."""
     at_least: bool = True
     """Whether the goal is a lower bound; else it is an upper one."""
 
@@ -24,7 +25,9 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether the median reaches the goal."""
+        """Whether the median reaches the goal, if there is one."""
+        if self.goal is None:
+            return True
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     def record(self) -> dict[str, Any]:
@@ -41,9 +44,11 @@ class Result:
 
     def line(self) -> str:
         """Return a row of the printed table."""
-        sign = "≥" if self.at_least else "≤"
-        return (
+        figures = (
             f"{self.name:58} {self.value:9.3f} {self.unit:12} "
-            f"({min(self.samples):.3f} - {max(self.samples):.3f}, n={len(self.samples)}) "
-            f"goal {sign} {self.goal:g}  {'met' if self.met else 'MISSED'}"
+            f"({min(self.samples):.3f} - {max(self.samples):.3f}, n={len(self.samples)})"
         )
+        if self.goal is None:
+            return figures
+        sign = "≥" if self.at_least else "≤"
+        return f"{figures} goal {sign} {self.goal:g}  {'met' if self.met else 'MISSED'}"
