@@ -138,11 +138,16 @@ class LibvirtDomain:
         disk = _disk_of(self.describe(), handout)
         if disk is None:
             return False
+        with suppress(DomainGone):  # one that ends meanwhile has let go of everything
+            self._detach(disk, handout)
+        return True
+
+    def _detach(self, disk: ElementTree.Element, handout: Handout) -> None:
+        """Ask for a disk of the domain and wait until the guest has let it go."""
         try:
             self._device("detach-device", ElementTree.tostring(disk, encoding="unicode"))
         except _VirshFailed as error:
-            words = str(error)
-            if "not found" not in words and "in the process of unplug" not in words:
+            if not _goes(error):
                 raise self._refusal("unplug-refused", error) from None
         deadline = time.monotonic() + self._timeout_s
         while _disk_of(self.describe(), handout) is not None:
@@ -153,7 +158,6 @@ class LibvirtDomain:
                     "attached. Unmount it in the guest, see that the guest runs, and try again.",
                 )
             time.sleep(_POLL_S)
-        return True
 
     def _undo(self, handout: Handout, controller: str | None) -> None:
         """Take away what a failed plug may have left, as far as that goes."""
@@ -234,6 +238,13 @@ def _complaint(stderr: str) -> str:
 def _taken(error: _VirshFailed) -> bool:
     """Whether a disk of this target name or alias is there already."""
     return any(words in str(error) for words in ("already exists", "duplicated", "alias"))
+
+
+def _goes(error: _VirshFailed) -> bool:
+    """Whether the disk is gone or going all the same: by another command, or with the machine, whose
+    monitor then has ended before libvirt has taken note of it."""
+    going = ("not found", "in the process of unplug", "monitor", "domain is not running")
+    return any(words in str(error) for words in going)
 
 
 def _disk_of(domain: ElementTree.Element, handout: Handout) -> ElementTree.Element | None:

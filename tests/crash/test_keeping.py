@@ -19,9 +19,9 @@ from stratocache.fs import (
     acquisition,
     blocks,
     eviction,
+    image_lookup,
     keep_plan,
     launch_rows,
-    provisional,
     withdrawal,
 )
 from stratocache.fs.records import Image
@@ -95,7 +95,7 @@ BUGS = {
         [FETCHED, TAKEN_BACK, ("clone", {"index": 0, "at_once": True})],
     ),
     "withdrawn images are not repaired": Bug(
-        [(provisional, "READABLE", ("verified",))],
+        [(image_lookup, "READABLE", ("verified",))],
         [FETCHED, TAKEN_BACK, ("rot", {"kind": "chunks-remove", "seed": 1}), LIVE],
     ),
     "attached images are evicted": Bug(

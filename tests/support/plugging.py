@@ -5,12 +5,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -153,6 +154,15 @@ class PrivateLibvirt:
         self._wait(lambda: key in self._reports(), f"no report {key}", timeout_s)
         return self._reports()[key]
 
+    def kill_amid(self, name: str, command: str) -> None:
+        """Kill a domain's QEMU as soon as somebody runs a virsh command."""
+        machine = _pid_of("qemu-system", f"guest={name},", str(self.folder))
+        assert machine is not None
+        self._wait(
+            lambda: _pid_of("virsh", command, self.uri) is not None, f"nobody runs {command}"
+        )
+        os.kill(machine, signal.SIGKILL)
+
     @property
     def _console(self) -> Path:
         return self.folder / "console"
@@ -196,6 +206,16 @@ class PrivateLibvirt:
                 self._process.kill()
                 self._process.wait()
             shutil.rmtree(self.folder)
+
+
+def _pid_of(program: str, *words: str) -> int | None:
+    """Return the process whose command line has all of these, if there is one."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            shown = process.read_text(errors="replace")
+            if program in shown.partition("\0")[0] and all(word in shown for word in words):
+                return int(process.parent.name)
+    return None
 
 
 @contextmanager

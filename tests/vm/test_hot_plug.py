@@ -280,9 +280,30 @@ def test_disks_come_and_go_in_a_libvirt_domain(appliance: Appliance) -> None:
         assert (made["plug"]["target_dev"], made["plug"]["bus"]) == ("sda", "scsi")
         assert libvirt.wait_for("disk-2", _TIMEOUT_S) == f"sda {_serial(uuid)}"
         assert libvirt.wait_for("read-2", _TIMEOUT_S) == pattern_digest(1)
-        appliance.json("disk", "detach", uuid, *place)
+        # the guest's script ends with its disk, and the machine with the script
+        assert appliance.json("disk", "detach", uuid, *place)["unplugged"] is True
         libvirt.wait_for("exit", _TIMEOUT_S)
     assert _data(appliance, uuid).startswith(pattern(2))
+
+
+def test_domain_that_ends_meanwhile_has_let_go(appliance: Appliance) -> None:
+    """Where a domain's QEMU dies while it is asked for a disk, the disk is detached."""
+    with PrivateLibvirt() as libvirt:
+        for number in range(3):
+            uuid, name = _new_disk(appliance), f"dies{number}"
+            place = ("--instance", name, "--domain", name, "--libvirt", libvirt.uri)
+            libvirt.start(name, "", ports=1, paused=True)
+            appliance.json("disk", "attach", uuid, *place)
+            command = appliance.command("disk", "detach", uuid, *place, "--json")
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            ) as detach:
+                libvirt.kill_amid(name, "detach-device")
+                output, errors = detach.communicate(timeout=_TIMEOUT_S)
+            assert detach.returncode == 0, errors
+            assert json.loads(output)["unplugged"] is True
+            assert _attachments(appliance, uuid) == []
+        assert libvirt.virsh("secret-list").split() == []
 
 
 def _as_attributes(xml: str) -> str:
