@@ -186,16 +186,17 @@ def _widen(mount_point: Path) -> None:
         _call_mount(control, "fusectl", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
         try:
             device = _mounts_at(mount_point)[-1].device
-            read_ahead = Path("/sys/class/bdi", device, "read_ahead_kb")
-            read_ahead.write_text(str(_READ_AHEAD_BYTES // 1024))
             folder = control / device.rpartition(":")[2]
             (folder / "max_background").write_text(str(_BACKGROUND_MAX))
             (folder / "congestion_threshold").write_text(str(_BACKGROUND_MAX * 3 // 4))
+            # last: where /sys is read-only, as in containers, the others still hold
+            read_ahead = Path("/sys/class/bdi", device, "read_ahead_kb")
+            read_ahead.write_text(str(_READ_AHEAD_BYTES // 1024))
         finally:
             unmount(control)
             control.rmdir()
     except (OSError, IndexError) as error:
-        log.warning("reads of images are slower, and may wait for each other: %s", error)
+        log.warning("reads of images may be slower, or wait for each other: %s", error)
 
 
 @dataclass(frozen=True)
