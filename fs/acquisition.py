@@ -272,10 +272,12 @@ class Acquisition:
             flight.error = Internal("internal", f"Fetching {identifier} failed: {error!r}.")
         finally:
             del self._flights[identifier]
-            if flight.error is not None:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._abandon, identifier)
-            flight.landed.set()
+            try:
+                if flight.error is not None:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._abandon, identifier)
+            finally:
+                flight.landed.set()  # whatever happens: who waits for it may be shielded
 
     def _begin(self, entry: Entry) -> None:
         with self._db.transaction() as connection:

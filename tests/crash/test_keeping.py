@@ -30,6 +30,7 @@ from stratocache.fs.state import Database
 
 EXAMPLES = int(os.environ.get("KEEP_EXAMPLES", "6"))
 SEED = int(os.environ.get("KEEP_SEED", "1"))
+STEPS_OF_A_FAILURE = 16
 PLANTED_MAX = 100
 """Histories within which a planted bug must be found."""
 
@@ -46,6 +47,22 @@ def test_no_history_breaks_the_cache(capsys: pytest.CaptureFixture[str]) -> None
     with capsys.disabled():
         print(f"\nseed {SEED}: {Machine.histories} histories")
     assert Machine.histories >= EXAMPLES
+
+
+FAILING: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "a fetch": [("fetch", {"index": 0, "pin": False, "at_once": False})],
+    "a launch": [("launch", {"boot": 0, "other": 2})],
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", FAILING)
+def test_death_amid_a_failure_is_a_death(name: str) -> None:
+    """Whichever step the process dies at of what fails because an origin is gone: it ends, and the
+    next one leaves nothing over."""
+    gone = ("origin", {"index": 0, "there": False})
+    for steps in range(STEPS_OF_A_FAILURE):
+        play([gone, *FAILING[name], ("crash", {"steps": steps}), ("live", {})])
 
 
 # Bugs to be found.
