@@ -7,7 +7,7 @@ image that is being made) names them; FETCH.md says why no race can remove one t
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -46,6 +46,9 @@ class ImageStore(ManifestFolder):
         self._readers: WeakValueDictionary[str, ImageReader] = WeakValueDictionary()
         self.reads: defaultdict[str, ReadCounts] = defaultdict(ReadCounts)
         """By name of the manifest; they outlive its readers."""
+        self.leftovers = False
+        """Whether a removal could not tell which chunks nothing uses; `remove_leftovers` can, once
+        every manifest is whole."""
 
     def reader(self, identifier: str) -> ImageReader:
         """Return the reader of an image, the same one to all who ask while any of them holds it.
@@ -167,6 +170,7 @@ class ImageStore(ManifestFolder):
         not there is no error."""
         found: dict[str, set[bytes]] = {}
         for identifier in identifiers:
+            found[identifier] = set()
             with suppress(NotFound):
                 found[identifier] = self._chunks_of(identifier)
         if found:
@@ -178,8 +182,12 @@ class ImageStore(ManifestFolder):
         try:
             known = growing if growing is not None else self.manifest(identifier)
             return set(known.stored())
+        except NotFound:
+            self.leftovers = True  # its manifest may have been lost
+            raise
         except NotVerified as error:
             log.warning("removing image %s without its chunks: %s", identifier, error)
+            self.leftovers = True
             return set()
 
     def _remove(self, found: Mapping[str, set[bytes]]) -> None:
@@ -222,10 +230,18 @@ class ImageStore(ManifestFolder):
 
         No chunk goes while a manifest that was published is missing: it may be one of its.
 
-        Returns how many chunks went. Memory is a sixteenth of the digests of all images.
+        Returns how many chunks went. For the start: nothing may be published meanwhile.
         """
         self.sweep_manifests()
+        return self.remove_leftovers(published)
+
+    def remove_leftovers(self, published: Collection[str] = ()) -> int:
+        """Remove the chunks of no image, as `sweep` does, whatever else is done meanwhile.
+
+        Returns how many went. Memory is a sixteenth of the digests of all images.
+        """
         missing = set(published).difference(self.identifiers())
+        self.leftovers = bool(missing)
         if missing:
             log.error("no chunk is removed while manifests are missing: %s", sorted(missing))
             return 0
@@ -250,16 +266,24 @@ class ImageStore(ManifestFolder):
             for draft in drafts:
                 candidates.difference_update(draft.stored())
             try:
-                for identifier in self.identifiers():
-                    if identifier != but_for:
-                        candidates.difference_update(self._stored(identifier))
+                for identifier in {*self.identifiers(), *self._opened()} - {but_for}:
+                    candidates.difference_update(self._stored(identifier))
+                return self.chunks.remove(candidates)
             except NotVerified as error:
+                self.leftovers = True
                 log.error("no chunk is removed while a manifest is damaged: %s", error)
                 return 0
-            return self.chunks.remove(candidates)
+            except OSError:
+                self.leftovers = True
+                raise
 
-    def _stored(self, identifier: str) -> Iterator[bytes]:
+    def _opened(self) -> list[str]:
+        with self._lock:
+            return list(self._readers)
+
+    def _stored(self, identifier: str) -> Iterable[bytes]:
         try:
-            yield from self.manifest(identifier).stored()
-        except NotFound:
-            return
+            return self.manifest(identifier).stored()
+        except NotFound:  # it went, or it was lost while somebody reads the image
+            manifest = self.remembered_manifest(identifier)
+            return () if manifest is None else manifest.stored()

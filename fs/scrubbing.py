@@ -90,6 +90,7 @@ class Scrubbing:
     ) -> None:  # fmt: skip
         self._configuration = configuration
         self._db = db
+        self._images = images
         self._repairer = repairer
         self._record = record
         self._scrub = Scrub(
@@ -192,6 +193,8 @@ class Scrubbing:
 
     def _end(self, tally: Tally) -> None:
         self._record.forget_unneeded()
+        if self._images.leftovers:  # each manifest has been read now, so most are whole
+            self._images.remove_leftovers(published_manifests(self._db))
         empty_quarantine(
             self._configuration.state_dir, older_than_s=self._configuration.quarantine.period_s
         )

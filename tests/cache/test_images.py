@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,48 @@ def test_a_damaged_manifest_stops_the_removal_of_chunks(
     assert caught.value.code == "manifest-invalid"
     images.remove("one")
     assert images.sweep() == len(before)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("rot", [lambda path: path.write_bytes(b"damaged"), Path.unlink])
+def test_what_a_removal_had_to_leave_goes_later(
+    images: ImageStore, state_dir: Path, name: str, rot: Callable[[Path], object]
+) -> None:
+    """Chunks of an image that was removed while its manifest, or another's, was not whole are
+    removed once all are; none goes before that is of an image whose manifest was lost."""
+    kept = _image("a")
+    _publish(images, "one", kept)
+    needed, manifest = _stored(state_dir), images.manifest("one")
+    _publish(images, "two", _image("b"))
+    rot(images.manifest_path(name))
+
+    images.remove_all(["two"])
+    lost = set() if images.manifest_path("one").exists() else {"one"}
+    images.remove_leftovers({"one"} & lost)
+
+    assert _stored(state_dir) >= needed
+    images.publish("one", manifest)
+    if images.leftovers:
+        images.remove_leftovers({"one"})
+    assert _stored(state_dir) == needed
+    assert not images.leftovers
+
+
+def test_what_is_read_stays_though_its_manifest_is_lost(
+    images: ImageStore, state_dir: Path
+) -> None:
+    """The removal of another image takes no chunk that a reader has, who knows them by heart."""
+    image = _image("a")
+    _publish(images, "one", image)
+    _publish(images, "two", image)
+    before = _stored(state_dir)
+    reader = images.reader("one")
+    images.manifest_path("one").unlink()
+
+    images.remove("two")
+
+    assert _stored(state_dir) == before
+    assert reader.read_blocking(0, len(image)) == image
 
 
 @pytest.mark.parametrize("identifier", ["", "..", "../x", "a/b", ".hidden", "a" * 65, "a\n", "é"])
