@@ -182,7 +182,7 @@ class _Download:
         from stratocache.cache.errors import InvalidInput, Unreachable
 
         offset = os.fstat(descriptor).st_size
-        etag = self._tag.read_text() if self._tag.exists() else ""
+        etag = self._tag.read_text(errors="ignore") if self._tag.exists() else ""
         try:
             with self._wanted.open(offset, etag) as response:
                 if response.status != 206:

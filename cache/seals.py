@@ -11,6 +11,7 @@ neither the loss of a seal loses a manifest, nor an exchange of manifests withou
 import errno
 import hashlib
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SUFFIX = ".caibx"
 
 _DOMAIN = b"stratocache manifest\0"
 _SEAL_CHARACTERS = 64
+_SEAL = re.compile(f"[0-9a-f]{{{_SEAL_CHARACTERS}}}")
 _ATTRIBUTE = "user.stratocache.seal"  # xattr(7)
 _NO_ATTRIBUTE = frozenset({errno.ENODATA, errno.ENOTSUP})
 _SEALS_BYTES_MAX = 2 * (_SEAL_CHARACTERS + 1)
@@ -103,7 +105,7 @@ def _read(path: Path) -> list[str] | None:
 def _write(state_dir: Path, identifier: str, seal: str) -> None:
     path = seal_path(state_dir, identifier)
     path.parent.mkdir(mode=0o750, exist_ok=True)
-    before = [old for old in _read(path) or () if len(old) == _SEAL_CHARACTERS and old != seal]
+    before = [old for old in _read(path) or () if _SEAL.fullmatch(old) and old != seal]
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="ascii") as file:

@@ -137,7 +137,7 @@ class RunDirectory:
         boot = _BOOT_ID.read_text()
         mark = self.path / "boot-id"
         with suppress(FileNotFoundError):
-            if mark.read_text() == boot:
+            if mark.read_text(errors="replace") == boot:
                 return
         for bitmap in self.live.iterdir():
             bitmap.unlink()

@@ -141,7 +141,7 @@ def offer_first_token(db: Database, path: Path) -> str | None:
             path.unlink(missing_ok=True)
             return None
         with suppress(OSError):
-            kept = path.read_text().strip()
+            kept = path.read_text(errors="replace").strip()
             if is_first_token(db, kept):
                 return kept
         secret = new_secret()

@@ -149,6 +149,17 @@ def test_complete_part_is_no_obstacle(contents: Contents, way: Relay, tmp_path: 
     assert file.read_bytes() == contents.read(uuid)
 
 
+def test_rotten_tag_means_from_the_start(contents: Contents, way: Relay, tmp_path: Path) -> None:
+    """A part whose tag is no text any more is not gone on with."""
+    uuid = contents.add(MIB, b"content")
+    file = tmp_path / "disk.img"
+    (tmp_path / "disk.img.part").write_bytes(b"of another disk")
+    (tmp_path / "disk.img.part.etag").write_bytes(b"\xff" * 20)
+    run(way, "download", uuid, str(file))
+
+    assert file.read_bytes() == contents.read(uuid)
+
+
 def _etag(contents: Contents, uuid: str) -> str:
     with contents.client() as client:
         return str(client.head(f"/v1/disks/{uuid}/content").headers["etag"])

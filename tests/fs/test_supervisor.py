@@ -356,7 +356,7 @@ def test_live_bitmaps_of_another_boot_are_forgotten(tmp_path: Path) -> None:
     directory.prepare(tmp_path / "state")
     bitmap = directory.live / "disk.bitmap"
     bitmap.write_bytes(b"\xff")
-    (directory.path / "boot-id").write_text("another boot\n")
+    (directory.path / "boot-id").write_bytes(b"another boot, or \xff\n")
 
     with directory.lock():
         assert not bitmap.exists()
