@@ -11,7 +11,7 @@ SECOND = Manifest(4096, b"\2" * 32)
 
 def test_no_damage_of_a_seal_keeps_an_image_from_being_sealed_anew(tmp_path: Path) -> None:
     """Whichever bit of a seal flips and wherever it is cut, the manifest that is written next can be
-    read; so can one whose process died before it was written, when its own line is whole."""
+    read; so can one that is there, whose seal is put back."""
     (tmp_path / "manifests").mkdir()
     seals.write_manifest(tmp_path, "one", FIRST)
     seals.write_manifest(tmp_path, "one", SECOND)

@@ -31,6 +31,7 @@ from stratocache.fs.state import Database
 EXAMPLES = int(os.environ.get("KEEP_EXAMPLES", "6"))
 SEED = int(os.environ.get("KEEP_SEED", "1"))
 STEPS_OF_A_FAILURE = 16
+"""More than a fetch or a launch takes until it has failed."""
 PLANTED_MAX = 100
 """Histories within which a planted bug must be found."""
 
@@ -62,7 +63,7 @@ def test_death_amid_a_failure_is_a_death(name: str) -> None:
     next one leaves nothing over."""
     gone = ("origin", {"index": 0, "there": False})
     for steps in range(STEPS_OF_A_FAILURE):
-        play([gone, *FAILING[name], ("crash", {"steps": steps}), ("live", {})])
+        play([gone, *FAILING[name], ("crash", {"steps": steps}), LIVE])
 
 
 # Bugs to be found.
