@@ -73,7 +73,7 @@ class Authentication:
             return account.caller
         known = self._certified(request)
         if known is not None:
-            return known.caller
+            return known
         raise _unknown("Log in, or send a token: Authorization: Bearer TOKEN.")
 
     def _session(self, request: falcon.Request, cookie: str) -> tuple[Account, Session] | None:
@@ -91,7 +91,7 @@ class Authentication:
                 return Caller(account.name, account.role, scopes)
             if (request.method, request.path) == _FIRST and is_first_token(self._db, token):
                 request.context.first = True
-                return Caller("first-start", "admin", frozenset({"admin"}))
+                return Caller("first-start", "admin", frozenset({"admin"}), claimed="admin")
         elif self._issuers is not None:
             return self._claimed(self._issuers, token)
         raise _unknown("This token is not known here, has expired, or its account is disabled.")
@@ -107,10 +107,13 @@ class Authentication:
 
     def _local(self, request: falcon.Request) -> Caller:
         caller = caller_of(request.env, self._settings.group)
-        return caller if caller.administrator else self._with_account(caller)
+        if caller.administrator:
+            return replace(caller, of_host=True)
+        return self._with_account(caller)
 
     def _with_account(self, caller: Caller) -> Caller:
         """Return somebody whom others name, with the role of their account, if they have one."""
+        caller = replace(caller, claimed=caller.role)
         account = find_account(self._db, caller.name)
         if account is None:
             return caller
@@ -118,8 +121,8 @@ class Authentication:
             raise Refused("account-disabled", f"The account {account.name} is disabled.")
         return replace(caller, role=account.role)
 
-    def _certified(self, request: falcon.Request) -> Account | None:
-        """Return the account of the certificate that the client has proven to have, if any.
+    def _certified(self, request: falcon.Request) -> Caller | None:
+        """Return whose account has the certificate that the client has proven to have, if any.
 
         Raises `HttpProblem` 401 (`certificate-revoked`) and `Unreachable`.
         """
@@ -134,16 +137,17 @@ class Authentication:
 
         certificate = x509.load_der_x509_certificate(der)
         names = distinguished_name.of_certificate(certificate.subject)
-        account = find_by_certificate(
-            self._db, f"sha256:{certificate.fingerprint(hashes.SHA256()).hex()}"
-        ) or find_by_certificate(self._db, key_of_names(names))
+        fingerprint_key = f"sha256:{certificate.fingerprint(hashes.SHA256()).hex()}"
+        account = find_by_certificate(self._db, fingerprint_key) or find_by_certificate(
+            self._db, key_of_names(names)
+        )
         if account is None or not account.enabled:
             return None
         if self._revocation is not None:
             request.context.audit_user = account.name
             self._revocation.require_valid(certificate)
         note_certificate(self._db, account)
-        return account
+        return replace(account.caller, fingerprint_key=fingerprint_key)
 
 
 def _issuers(settings: ApiSettings) -> "Issuers | None":

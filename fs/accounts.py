@@ -2,6 +2,8 @@
 
 Every function that writes is one transaction, as in `stratocache.fs.operation_intents`. Passwords come here
 as hashes only, tokens and cookies go to the database as digests only.
+
+No change takes from who asks for it what they may: so an administrator is always left.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ from typing import Any
 from stratocache.cache import distinguished_name
 from stratocache.cache.errors import Conflict, InvalidInput, NotFound, Refused
 from stratocache.fs import pages, quotas
-from stratocache.fs.records import Caller, Role
+from stratocache.fs.records import ROLES, Caller, Role
 from stratocache.fs.rights import require_administrator
 from stratocache.fs.state import Database, later, now
 
@@ -128,7 +130,7 @@ def create_account(
 ) -> Account:
     """Create an account; with `first` it must be the first, and an administrator's.
 
-    Raises `Conflict` (`account-exists`, `certificate-taken`), `InvalidInput`, `Refused`
+    Raises `Conflict` (`account-exists`, `certificate-taken`, `own-rights`), `InvalidInput`, `Refused`
     (`not-allowed`, `first-token-used`, `first-account-not-admin`).
     """
     require_administrator(caller)
@@ -139,11 +141,13 @@ def create_account(
             "root is the host's, who needs no account; choose another name.",
             field="name",
         )
-    if first and wanted.role != "admin":
+    if first and (wanted.role != "admin" or not wanted.enabled):
         raise Refused(
-            "first-account-not-admin", "The first account is an administrator's: role admin."
+            "first-account-not-admin",
+            "The first account is an administrator's: role admin, and enabled.",
         )
     with db.transaction() as connection:
+        _require_still(db, caller)
         if first and db.row("SELECT 1 FROM first_token") is None:
             raise Refused("first-token-used", "The first token has been used up; log in.")
         try:
@@ -158,6 +162,7 @@ def create_account(
         except sqlite3.IntegrityError as error:
             raise _taken(wanted.name, error) from None
         connection.execute("DELETE FROM first_token")
+        _require_kept(db, caller)
     return account(db, wanted.name)
 
 
@@ -166,7 +171,7 @@ def update_account(db: Database, caller: Caller, name: str, changes: dict[str, A
 
     A new password, and being disabled, ends all sessions. Users may change their own password,
     which the caller has judged, and nothing else. Raises `NotFound`, `Conflict`
-    (`certificate-taken`), `InvalidInput`, `Refused` (`not-allowed`).
+    (`certificate-taken`, `own-rights`), `InvalidInput`, `Refused` (`not-allowed`).
     """
     if caller.name != name or changes.keys() - {"password_hash"}:
         require_administrator(caller)
@@ -176,6 +181,7 @@ def update_account(db: Database, caller: Caller, name: str, changes: dict[str, A
         columns["certificate_key"] = subject and certificate_key(subject)
     with db.transaction() as connection:
         account(db, name)
+        _require_still(db, caller)
         assignments = ", ".join(f"{column} = ?" for column in columns)
         try:
             if columns:
@@ -187,27 +193,65 @@ def update_account(db: Database, caller: Caller, name: str, changes: dict[str, A
             raise _taken(name, error) from None
         if "password_hash" in changes or changes.get("enabled") is False:
             connection.execute("DELETE FROM sessions WHERE account = ?", (name,))
+        _require_kept(db, caller)
     return account(db, name)
 
 
 def delete_account(db: Database, caller: Caller, name: str) -> None:
     """Delete an account with its tokens, sessions, and what was shared with it.
 
-    Raises `Conflict` (`account-in-use`) while it owns disks or attachments: who gets the name next
-    would own them.
+    Raises `Conflict`: `account-in-use` while it owns disks or attachments, which who gets the name
+    next would own, and `own-rights`; `NotFound`, `Refused` (`not-allowed`).
     """
     require_administrator(caller)
     with db.transaction() as connection:
         account(db, name)
+        _require_still(db, caller)
         used = quotas.used(connection, name)
+        connection.execute("DELETE FROM disk_shares WHERE user = ?", (name,))
+        connection.execute("DELETE FROM accounts WHERE name = ?", (name,))
+        _require_kept(db, caller)  # first: no use in making it own nothing
         if used.disks or used.attachments:
             raise Conflict(
                 "account-in-use",
                 f"{name} owns {used.disks} disks and {used.attachments} attachments; give them to "
                 "somebody else or delete them first, or disable the account.",
             )
-        connection.execute("DELETE FROM disk_shares WHERE user = ?", (name,))
-        connection.execute("DELETE FROM accounts WHERE name = ?", (name,))
+
+
+def _require_still(db: Database, caller: Caller) -> None:
+    """Raise `Refused` (`not-allowed`) when somebody has lessened the caller since it was known."""
+    if _is_less(db, caller):
+        raise Refused("not-allowed", "Somebody has just changed your own account; ask again.")
+
+
+def _require_kept(db: Database, caller: Caller) -> None:
+    """Raise `Conflict` (`own-rights`) when this transaction takes from the caller what it may."""
+    if _is_less(db, caller):
+        raise Conflict(
+            "own-rights",
+            "This would take away rights of your own, and you could not undo it; ask another "
+            "administrator to do it, or root on the host.",
+        )
+
+
+def _is_less(db: Database, caller: Caller) -> bool:
+    """Tell whether the caller would have a lesser role, or none, if it came as it did now."""
+    role = _role_now(db, caller)
+    return role is None or ROLES.index(role) < ROLES.index(caller.role)
+
+
+def _role_now(db: Database, caller: Caller) -> Role | None:
+    if caller.of_host:
+        return "admin"
+    if caller.fingerprint_key is not None:
+        owner = find_by_certificate(db, caller.fingerprint_key)
+        if owner is not None and owner.name != caller.name:
+            return None
+    own = find_account(db, caller.name)
+    if own is None:
+        return caller.claimed
+    return own.role if own.enabled else None
 
 
 def note_login(connection: sqlite3.Connection, name: str) -> None:

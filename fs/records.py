@@ -45,6 +45,13 @@ class Caller:
     name: str
     role: Role
     scopes: frozenset[Scope] = ALL_SCOPES
+    claimed: Role | None = None
+    """The role that an issuer, or the kernel, gives to who has no account of the name; None = without
+    an account one is nobody."""
+    of_host: bool = False
+    """Whether the kernel makes one an administrator, whatever an account of the name says."""
+    fingerprint_key: str | None = None
+    """Of the certificate that was shown, as `accounts.certificate_key`: whose that is, one is."""
 
     @property
     def administrator(self) -> bool:

@@ -13,6 +13,7 @@ from support.network_client import PASSWORD, add_account
 from support.page_world import FETCHING_IMAGE, ROOT, World, furnish, page_server
 
 from stratocache.fs import inventory
+from stratocache.fs.accounts import find_account
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -243,6 +244,31 @@ def test_password_is_all_that_a_stranger_needs(api: Api, opened_login: Tab) -> N
     page.wait_for_url("**/login")
     page.goto(f"{opened_login.address}/images")
     assert page.url.endswith("/login?next=%2Fimages")
+
+
+def test_own_rights_are_not_taken_away(api: Api, opened_login: Tab) -> None:
+    """An administrator who lowers, disables or deletes their own account reads beside the button why
+    that is refused, and stays one."""
+    add_account(api.db, "zoe", "admin")
+    page = opened_login.page
+    page.get_by_label("Name").fill("zoe")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/images?state=verified")
+    form = page.locator("section[aria-labelledby=change-title] form")
+    for change in ("role", "enabled", "delete"):
+        opened_login.open("/accounts/zoe")
+        if change == "role":
+            form.get_by_label("Role").select_option("user")
+        elif change == "enabled":
+            form.get_by_label("Enabled").uncheck()
+        form.get_by_role("button", name="Delete" if change == "delete" else "Save").click()
+        if change == "delete":
+            page.get_by_role("dialog").get_by_role("button", name="Delete the account").click()
+        expect(form.locator(".outcome")).to_contain_text("ask another administrator")
+        opened_login.faults.clear()  # the browser's own note of the answer 409
+    assert (found := find_account(api.db, "zoe")) is not None
+    assert (found.role, found.enabled) == ("admin", True)
 
 
 @pytest.fixture

@@ -277,6 +277,18 @@ def test_own_password_needs_the_present_one(host: WebProcess, api: Api, run: Run
     assert is_right(password_hash(api.db, "pat"), f"{PASSWORD} new")
 
 
+def test_own_rights_are_not_taken_away(added: WebProcess, run: Run) -> None:
+    """An administrator who would lower, disable or remove their own account is told whom to ask."""
+    for arguments in (
+        ("set", "jane", "--role", "user"),
+        ("set", "jane", "--disable"),
+        ("rm", "jane"),
+    ):
+        said = refused(run("--remote", "node", "account", *arguments), 4, "own-rights")
+        assert "ask another administrator" in said
+    assert "You are jane (admin)" in run("--remote", "node", "account", "whoami").stdout
+
+
 # -- what may be wrong
 
 

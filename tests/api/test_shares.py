@@ -18,7 +18,7 @@ from stratocache.fs.records import Caller
 
 pytestmark = pytest.mark.root
 
-ADMIN, OWNER = Caller("root", "admin"), Caller("anna", "user")
+ADMIN, OWNER = Caller("root", "admin", of_host=True), Caller("anna", "user")
 MIB = 2**20
 
 

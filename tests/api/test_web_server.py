@@ -157,6 +157,31 @@ def test_certificate_of_a_user_is_a_log_in(
         user.get("/v1/session")
 
 
+def test_certificate_of_an_administrator_stays_theirs(
+    web: WebProcess, db: Database, authority: Authority
+) -> None:
+    """Who comes by certificate takes away no rights of their own: neither by changing their account,
+    nor by giving another the fingerprint, which would count for more than the subject."""
+    files = authority.issue("Ivy")
+    mine = f"sha256:{authority.fingerprint(files)}"
+    add_account(db, "ivy", "admin", certificate_subject="CN=Ivy,O=Example")
+    add_account(db, "joe", "admin")
+
+    with client(web, files) as ivy:
+        for method, path, body in (
+            ("PATCH", "ivy", {"role": "user"}), ("PATCH", "ivy", {"enabled": False}),
+            ("DELETE", "ivy", None), ("PATCH", "joe", {"certificate_subject": mine}),
+            ("POST", "", {"name": "kit", "certificate_subject": mine}),
+        ):  # fmt: skip
+            answer = ivy.request(method, f"/v1/accounts/{path}".rstrip("/"), json=body)
+            assert (answer.status_code, answer.json()["code"]) == (409, "own-rights")
+        assert ivy.get("/v1/session").json()["name"] == "ivy"
+        assert ivy.get("/v1/accounts/kit").status_code == 404
+        renewed = ivy.patch("/v1/accounts/ivy", json={"certificate_subject": mine})
+        assert renewed.status_code == 200
+        assert ivy.get("/v1/session").json()["role"] == "admin"
+
+
 def test_certificate_that_was_revoked_is_nobody(
     web: WebProcess, db: Database, authority: Authority
 ) -> None:

@@ -44,7 +44,8 @@ class World:
     """An appliance on the loopback network with something of everything, and tokens to use it.
 
     Who plays is whom an issuer of OpenID Connect names: no account, token or session that is taken
-    away is its own. `user` has an account too, for its disks; `admin` has none.
+    away is its own. `user` has an account too, for its disks; `admin` has none, and the API lets it
+    make none that is less than it is.
     """
 
     def __init__(self, root: Path) -> None:

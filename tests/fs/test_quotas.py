@@ -20,7 +20,7 @@ from stratocache.fs.quotas import Amounts
 from stratocache.fs.records import Caller, DiskRequest, LaunchRequest
 from stratocache.fs.state import Database
 
-ADMIN, ANNA = Caller("root", "admin"), Caller("anna", "user")
+ADMIN, ANNA = Caller("root", "admin", of_host=True), Caller("anna", "user")
 MIB = 2**20
 
 

@@ -25,7 +25,7 @@ from stratocache.fs.records import Caller, DiskRequest, LaunchRequest, Operation
 from stratocache.fs.state import Database, now
 from support import conformity
 
-ROOT = Caller("root", "admin")
+ROOT = Caller("root", "admin", of_host=True)
 IMAGE_ID = "GOaxJFdoEXvqAm9ArJgnZ0_ky6F"
 IMAGE_BYTES = 4 * 1024**2
 _START_TIMEOUT_S = 30

@@ -11,7 +11,8 @@ DISK: tuple[Relation, ...] = ("own", "read", "write", "public", "private")
 OWNED: tuple[Relation, ...] = ("own", "private")
 NONE: tuple[Relation, ...] = ("none",)
 
-# for user, operator and admin, a letter for each relation: A allowed, F 403, N 404 as if not there
+# for user, operator and admin, a letter for each relation: A allowed, F 403, N 404 as if not there,
+# C 409 as nobody takes away their own rights
 Letters = tuple[str, str, str]
 SEE: Letters = ("AAAAN", "AAAAA", "AAAAA")
 READ: Letters = ("AAAAN", "AAAAF", "AAAAA")
@@ -21,7 +22,7 @@ END: Letters = ("AFFFN", "AAAAA", "AAAAA")
 MINE_SEE: Letters = ("AN", "AA", "AA")
 MINE_OWN: Letters = ("AN", "AF", "AA")
 SELF: Letters = ("AF", "AF", "AA")
-ADMINS_SELF: Letters = ("FF", "FF", "AA")
+ADMINS_SELF: Letters = ("FF", "FF", "CA")
 ALL: Letters = ("A", "A", "A")
 OPERATORS: Letters = ("F", "A", "A")
 ADMINS: Letters = ("F", "F", "A")

@@ -18,9 +18,9 @@ from stratocache.api.passwords import hash_password
 from stratocache.cache.configuration import Configuration
 from stratocache.fs.accounts import AccountRequest, create_account
 from stratocache.fs.listener import listen_tcp
-from stratocache.fs.records import Caller, Role
+from stratocache.fs.records import Role
 from stratocache.fs.state import Database
-from support.api_daemon import Api
+from support.api_daemon import ROOT, Api
 
 HOST = "127.0.0.1"
 PASSWORD = "correct horse battery"
@@ -63,7 +63,7 @@ def password_hash() -> str:
 def add_account(db: Database, name: str, role: Role = "user", **fields: Any) -> None:
     """Make an account whose password is `PASSWORD`."""
     wanted = AccountRequest(name, role, password_hash=password_hash(), **fields)
-    create_account(db, Caller("root", "admin"), wanted)
+    create_account(db, ROOT, wanted)
 
 
 def stranger(api: Api) -> Stranger:
