@@ -210,7 +210,7 @@
       if (!leaves) await refresh(true);
     } catch (problem) {
       button.disabled = false;
-      complain(form, problem);
+      complain(form || source.form, problem);
     } finally {
       button.removeAttribute("aria-busy");
     }
@@ -351,7 +351,7 @@
     });
     document.addEventListener("click", (event) => {
       const button = event.target.closest("button");
-      if (!button || button.form?.dataset.method && !button.dataset.preview) return;
+      if (!button || (button.type === "submit" && button.form?.dataset.method)) return;
       if (button.dataset.preview) preview(button);
       else if (button.dataset.copy) copy(button);
       else if (button.dataset.method) perform(button, null);
