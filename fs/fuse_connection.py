@@ -70,10 +70,11 @@ async def serve_inherited(
 def lock_memory() -> bool:
     """Keep in memory whatever this process has touched, now or later; return whether that worked.
 
-    A SIGKILL that arrives while the kernel copies a request into a page that is not resident can
-    fail the request instead of keeping it for whoever comes next. Pages are locked when they are
-    first touched (MCL_ONFAULT): filling each mapping at once took 0.2 s per thread. Does nothing
-    where locked memory is limited: later allocations would fail.
+    A SIGKILL that arrives while the kernel copies an answer from a page that was swapped out can
+    fail the request instead of keeping it for whoever comes next; requests themselves are copied
+    into pipes (`fuse_mount`). Pages are locked when they are first touched (MCL_ONFAULT): filling
+    each mapping at once took 0.2 s per thread. Does nothing where locked memory is limited: later
+    allocations would fail.
     """
     if not _may_lock():
         log.warning("locked memory is limited; a kill may fail a request in rare cases")

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from support.fuse_child import DISK_BYTES
 
 from stratocache.cache.configuration import Configuration
+from stratocache.fs import fuse_mount
 from stratocache.fs.fuse_mount import FuseMount, unmount_stale
 from stratocache.fs.run_directory import RunDirectory
 
@@ -30,6 +32,25 @@ for line in sys.stdin:
     os.pwrite(descriptor, bytes([number]) * 4096, number * 4096)
     print(os.pread(descriptor, 4096, number * 4096) == bytes([number]) * 4096, flush=True)
 """
+
+# whole mebibytes, so that a request has many pages; says how many there were and how they failed
+WRITER = """
+import os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+offset, count, errors = int(sys.argv[2]) << 20, 0, []
+while not os.path.exists(sys.argv[3]):
+    count += 1
+    content = bytes([count % 255 + 1]) * 2**20
+    try:
+        os.pwrite(descriptor, content, offset)
+        if os.pread(descriptor, 2**20, offset) != content:
+            errors.append("wrong")
+    except OSError as error:
+        errors.append(error.strerror)
+print(count, errors)
+"""
+DEATHS = 120
+WRITERS = 3
 
 
 @dataclass
@@ -56,9 +77,9 @@ class Connection:
         return process
 
 
-@pytest.fixture
-def connection(tmp_path: Path) -> Iterator[Connection]:
-    """A mounted connection that nobody serves yet."""
+@contextmanager
+def connected(tmp_path: Path) -> Iterator[Connection]:
+    """Mount a connection that nobody serves yet."""
     directory = RunDirectory(tmp_path / "run")
     directory.prepare(tmp_path / "state")
     directory.blocks.mkdir()
@@ -72,6 +93,13 @@ def connection(tmp_path: Path) -> Iterator[Connection]:
     finally:
         mount.unmount()
         assert unmount_stale(directory.blocks) == 0
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[Connection]:
+    """A mounted connection that nobody serves yet."""
+    with connected(tmp_path) as connection:
+        yield connection
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -124,6 +152,42 @@ def test_server_that_dies_before_its_first_answer_harms_nobody(connection: Conne
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("pipes", ["long", "short"])
+def test_server_killed_amid_its_first_requests_fails_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipes: str
+) -> None:
+    """However young servers are killed, no request fails: the kernel copies none into their memory."""
+    if pipes == "short":  # as in a container that must not change what the kernel allows
+        monkeypatch.setattr(fuse_mount, "_PIPE_MAX", tmp_path)
+    done = tmp_path / "done"
+    with connected(tmp_path) as connection:
+        disk, descriptor = connection.directory.blocks / "disk", connection.mount.descriptor
+        with subprocess.Popen(
+            [sys.executable, "-m", "support.fuse_deaths", str(connection.config_json),
+             str(descriptor), str(DEATHS)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(descriptor,),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ) as deaths:  # fmt: skip
+            writers = [
+                subprocess.Popen(
+                    [sys.executable, "-c", WRITER, str(disk), str(number), str(done)],
+                    stdout=subprocess.PIPE, text=True,
+                )
+                for number in range(WRITERS)
+            ]  # fmt: skip
+            assert deaths.stdout is not None
+            try:
+                assert deaths.stdout.readline() == b"the last one lives\n"
+            finally:
+                done.touch()
+            said = [writer.communicate(timeout=60)[0] for writer in writers]
+            deaths.communicate(timeout=60)
+    for line in said:
+        count, errors = line.split(maxsplit=1)
+        assert errors == "[]\n"
+        assert int(count) > 0
 
 
 def test_init_request_is_kept_privately(connection: Connection) -> None:
