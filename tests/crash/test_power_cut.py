@@ -19,8 +19,10 @@ CRASH_CUTS is how many cuts are replayed, CRASH_SEED chooses them.
 import hashlib
 import os
 import subprocess
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +45,8 @@ SEED = int(os.environ.get("CRASH_SEED", "1"))
 MIB = 1024**2
 DISK_BYTES = 32 * MIB
 BASE_BYTES = 24 * MIB
-SLOTS = 16
+SLOTS = 2048
+"""Records of a file of the image: most of what an overwrite shares a block with is still the image's."""
 SLOT_BYTES = 512
 OPERATIONS_MIN = 200
 PLANTED_MAX = 400
@@ -84,10 +87,7 @@ class Workload:
         self._versions = [0] * SLOTS
         self._files: list[str] = []
         self.deeds: list[Deed] = []
-        (root / "slots").write_bytes(bytes(SLOTS * SLOT_BYTES))
         self._slots = os.open(root / "slots", os.O_RDWR)
-        os.fsync(self._slots)
-        self._sync(root)
 
     def close(self) -> None:
         """Close what is open."""
@@ -143,8 +143,6 @@ class Workload:
 
 def slot_content(slot: int, version: int) -> bytes:
     """Return the sector of a slot at a version, which tells both."""
-    if version == 0:
-        return bytes(SLOT_BYTES)
     return version.to_bytes(4, "big") + Random(slot * 2**32 + version).randbytes(SLOT_BYTES - 4)
 
 
@@ -161,14 +159,19 @@ def faults_of(root: Path, deeds: list[Deed], position: int) -> list[str]:
                 found.append(f"{deed.name} is lost")
             elif hashlib.sha256(path.read_bytes()).digest() != deed.value:
                 found.append(f"{deed.name} is wrong")
-    content = (root / "slots").read_bytes() if (root / "slots").exists() else b""
+    return found + _faults_of_slots(root / "slots", deeds, position)
+
+
+def _faults_of_slots(path: Path, deeds: list[Deed], position: int) -> list[str]:
+    content = path.read_bytes() if path.exists() else b""
+    oldest = Counter(deed.name for deed in deeds if deed.what == "slot" and deed.synced <= position)
+    newest = Counter(deed.name for deed in deeds if deed.what == "slot" and deed.began < position)
+    found = []
     for slot in range(SLOTS):
-        mine = [deed for deed in deeds if deed.what == "slot" and deed.name == str(slot)]
-        oldest = sum(deed.synced <= position for deed in mine)
-        newest = sum(deed.began < position for deed in mine)
+        allowed = range(oldest[str(slot)], newest[str(slot)] + 1)
         sector = content[slot * SLOT_BYTES :][:SLOT_BYTES]
-        if sector not in [slot_content(slot, version) for version in range(oldest, newest + 1)]:
-            found.append(f"slot {slot} is not at {oldest} to {newest}")
+        if sector not in [slot_content(slot, version) for version in allowed]:
+            found.append(f"slot {slot} is not at {allowed.start} to {allowed.stop - 1}")
     return found
 
 
@@ -205,6 +208,7 @@ def _ext4_image(folder: Path) -> bytes:
     tree.mkdir()
     for number in range(8):
         (tree / f"known-{number}").write_bytes(Random(number).randbytes(200_000))
+    (tree / "slots").write_bytes(b"".join(slot_content(slot, 0) for slot in range(SLOTS)))
     path = folder / "image"
     _run("mke2fs", "-q", "-t", "ext4", "-b", 1024, "-d", tree, path, f"{BASE_BYTES // 1024}k")
     return path.read_bytes()
@@ -231,24 +235,22 @@ def _told(root: Path, bug: str = "") -> Iterator[Story]:
 def _play(server: RecordingServer, disk: Path, root: Path) -> list[Deed]:
     commands = [*(f"snapshot snapshot-{number}" for number in range(3)), "fill", "snapshot last"]
     commands.append("fill")
-
-    def change() -> None:
-        for command in commands:
-            server.command(command)
-
     with (
         _looped(disk) as device,
         _mounted(device, root / "guest", "data=ordered") as guest,
         ThreadPoolExecutor(1) as beside,
     ):
         workload = Workload(guest, server, Random(SEED))
+        begun: list[Future[None]] = []
         try:
-            for _ in range(OPERATIONS_MIN // 4):
+            for number, command in enumerate(commands, 2):
+                while len(workload.deeds) < number * OPERATIONS_MIN // (len(commands) + 2):
+                    workload.step()
+                begun.append(beside.submit(server.command, command))
+            while len(workload.deeds) < OPERATIONS_MIN or not all(one.done() for one in begun):
                 workload.step()
-            changes = beside.submit(change)
-            while not changes.done() or len(workload.deeds) < OPERATIONS_MIN:
-                workload.step()
-            changes.result()
+            for one in begun:
+                one.result()
         finally:
             workload.close()
     server.command("promote")
@@ -310,10 +312,17 @@ def _cuts(story: Story, folder: Path, count: int) -> Iterator[tuple[int, list[st
     """Cut so often; yield how many steps had been synced before the cut, and what is wrong."""
     random, recording = Random(SEED), story.recording
     began = story.deeds[0].began
+    synced = [deed.synced for deed in story.deeds]
+    # what was promised first after a change of layers
+    promises = [
+        synced[index]
+        for change in recording.changes
+        if (index := bisect_left(synced, change)) < len(synced)
+    ]
     # anywhere, and as often where few positions are, but delicate ones
     sorts = [
         [position for position in positions if position >= began]
-        for positions in (recording.positions, recording.syncs, recording.changes)
+        for positions in (recording.positions, recording.syncs, recording.changes, promises)
     ]
     for number in range(count):
         position = random.choice(sorts[number % len(sorts)])
