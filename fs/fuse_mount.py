@@ -189,6 +189,7 @@ def _widen(mount_point: Path) -> None:
     control = mount_point.with_name("fusectl")
     try:
         control.mkdir(mode=0o700, exist_ok=True)
+        unmount(control)  # what a supervisor that was killed here left, on which none can be put
         _call_mount(control, "fusectl", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
         try:
             device = _mounts_at(mount_point)[-1].device

@@ -17,7 +17,7 @@ from support.fuse_child import DISK_BYTES
 
 from stratocache.cache.configuration import Configuration
 from stratocache.fs import fuse_mount
-from stratocache.fs.fuse_mount import FuseMount, unmount_stale
+from stratocache.fs.fuse_mount import FuseMount, mounted_at, unmount_stale
 from stratocache.fs.run_directory import RunDirectory
 
 pytestmark = pytest.mark.root
@@ -201,15 +201,31 @@ def test_init_request_is_kept_privately(connection: Connection) -> None:
     assert connection.mount.can_resend == (release >= (6, 9))
 
 
+def _read_ahead_kib(mount_point: Path) -> int:
+    (mounted,) = (
+        line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if line.split()[4] == str(mount_point)
+    )  # fmt: skip
+    return int(Path("/sys/class/bdi", mounted[2], "read_ahead_kb").read_text())
+
+
 def test_kernel_reads_far_ahead(connection: Connection) -> None:
     """Whoever serves, the kernel asks for a mebibyte at a time from who reads in order."""
     for _ in range(2):
         server = connection.serve()
-        device = connection.directory.blocks.stat().st_dev
-        bdi = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-        assert bdi.read_text() == "1024\n"
+        assert _read_ahead_kib(connection.directory.blocks) == 1024
         server.kill()
         server.wait()
+
+
+def test_supervisor_killed_while_it_widened_harms_no_later_one(tmp_path: Path) -> None:
+    """The file system of controls that a dead supervisor left mounted keeps no limit narrow."""
+    control = tmp_path / "run" / "fusectl"
+    control.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "fusectl", "stratocache", control], check=True)
+    with connected(tmp_path) as connection:
+        assert _read_ahead_kib(connection.directory.blocks) == 1024
+    assert mounted_at(control) == []
 
 
 def test_modes_are_enforced_by_the_kernel(connection: Connection) -> None:
