@@ -35,7 +35,7 @@ _EXECUTE, _WRITE, _READ, _LIST, _REFER, _TRUNCATE = 1, 2, 4, 8, 1 << 13, 1 << 14
 _CHANGE = sum(1 << bit for bit in range(4, 13))
 """Making and removing names of every kind."""
 _BIND, _CONNECT = 1, 2
-_SCOPE_SIGNALS_AND_ABSTRACT_SOCKETS = 3
+_SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
 _READING = _EXECUTE | _READ | _LIST
 _OF_FILES = _EXECUTE | _WRITE | _READ | _TRUNCATE
 SYSTEM_PATHS = (
@@ -83,6 +83,8 @@ class Confinement:
     """TCP ports to connect to; None = all."""
     scratch: tuple[str, ...] = _SCRATCH
     """Writable too, and emptied by nobody of us."""
+    signals: bool = False
+    """To processes that are confined otherwise, too."""
 
     def prepare(self) -> "Prepared":
         """Do what takes memory and files, before the fork; the caller closes what is returned."""
@@ -178,10 +180,10 @@ def _ruleset(wanted: Confinement) -> int:
         return -1
     writing = _READING | _WRITE | _CHANGE | _REFER | (_TRUNCATE if version >= 3 else 0)
     ports = _BIND | (_CONNECT if wanted.connects is not None else 0)
+    scopes = _SCOPE_ABSTRACT_SOCKETS | (0 if wanted.signals else _SCOPE_SIGNALS)
     attributes = struct.pack(
-        "=QQQ", writing, ports if version >= 4 else 0,
-        _SCOPE_SIGNALS_AND_ABSTRACT_SOCKETS if version >= 6 else 0,
-    )  # fmt: skip
+        "=QQQ", writing, ports if version >= 4 else 0, scopes if version >= 6 else 0
+    )
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _LIBC.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(size), 0)
     if ruleset < 0:

@@ -46,4 +46,4 @@ class Privileges:
 
     def of_holder(self) -> Confinement:
         """Kills one process that it is given."""
-        return Confinement(frozenset(), self._readable, (), frozenset(), frozenset())
+        return Confinement(frozenset(), self._readable, (), frozenset(), frozenset(), signals=True)

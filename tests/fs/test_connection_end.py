@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support.appliance import free_port
 from support.supervised import Supervised, wait_for_end
+
+from stratocache.fs.holder import Holder
+from stratocache.fs.privileges import Privileges
+from stratocache.fs.processes import Child
 
 ROUNDS = int(os.environ.get("CRASH_ROUNDS", "6"))
 SEED = int(os.environ.get("CRASH_SEED", str(random.SystemRandom().randrange(2**32))))
@@ -93,6 +98,7 @@ def test_tgtd_never_sees_the_end_of_the_connection(tmp_path: Path) -> None:
             supervised.begin()
             wait_for_end(probe)
             assert "error" not in report.read_text(), f"round {number}"
+            assert "Traceback" not in supervised.log.read_text(), supervised.tail()
             assert supervised.process is not None
             supervised.process.kill()
             supervised.wait()
@@ -105,3 +111,22 @@ def _wait_until_all_work(supervised: Supervised, report: Path) -> None:
     while report.read_text().count("works") < THREADS:
         assert time.monotonic() < deadline, supervised.tail()
         time.sleep(0.01)
+
+
+def test_confined_holder_kills_what_it_was_given(tmp_path: Path) -> None:
+    """With the rights that it has in an appliance, the holder kills tgtd when its supervisor ends."""
+    rights = Privileges(tmp_path, tmp_path, free_port(), ())
+    child = Child("holder", tmp_path / "log")
+    holder = Holder(child, rights.of_holder())
+    with subprocess.Popen(["sleep", "600"]) as tgtd, open(os.devnull) as connection:
+        pidfd = os.pidfd_open(tgtd.pid)
+        try:
+            holder.start()
+            holder.hold(connection.fileno(), pidfd)
+            holder.forget()
+            assert child.wait(START_TIMEOUT_S)
+            assert child.collect() == 0, (tmp_path / "log").read_text()
+            assert tgtd.wait(START_TIMEOUT_S) == -signal.SIGKILL
+        finally:
+            os.close(pidfd)
+            tgtd.kill()
