@@ -68,8 +68,6 @@ class FuseMount:
         request = init_file.read_bytes()
         _require_init(request)
         _allow_long_pipes()  # also for a mount of an older version, whose requests are long
-        # who finds that a request has gone (its process was killed) must not wait there for another
-        os.set_blocking(descriptor, False)
         self.can_resend = _can_resend(request)
         (self._init_unique,) = _UNIQUE.unpack_from(request, _HEADER.size)
 

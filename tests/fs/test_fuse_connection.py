@@ -201,12 +201,6 @@ def test_init_request_is_kept_privately(connection: Connection) -> None:
     assert connection.mount.can_resend == (release >= (6, 9))
 
 
-def test_nobody_waits_for_a_request_that_has_gone(connection: Connection) -> None:
-    """Who reads when nothing is asked is told so at once, whatever poll(2) said before."""
-    with pytest.raises(BlockingIOError):
-        os.read(connection.mount.descriptor, 2 * 1024**2)
-
-
 def _read_ahead_kib(mount_point: Path) -> int:
     (mounted,) = (
         line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()
