@@ -38,17 +38,12 @@ _MAX_READ_BYTES = 1024**2
 _READ_AHEAD_BYTES = 1024**2
 """What the kernel reads ahead of whoever reads in order. Its own 128 KiB make each request as small,
 and a request costs more than its bytes."""
-_PIPE_MAX = Path("/proc/sys/fs/pipe-max-size")
-_LONG_PIPE_BYTES = 2 * 1024**2
-"""libfuse wants a pipe for a whole request and its head, which the kernel rounds to a power of two."""
 _READ_BUFFER_BYTES = 64 * 1024  # fuse.h wants FUSE_MIN_READ_BUFFER = 8192 at least
 _FUSE_INIT = 26
 _HEADER = struct.Struct("<II")  # of struct fuse_in_header: len, opcode
 _HEADER_BYTES = 40
 _INIT_FLAGS = struct.Struct("<IIIII")  # struct fuse_init_in: major, minor, readahead, flags, flags2
 _INIT_READ_AHEAD = _HEADER_BYTES + 8
-_INIT_FLAGS_AT = _HEADER_BYTES + 12
-_FUSE_MAX_PAGES = 1 << 22
 _INIT_EXT = 1 << 30
 _HAS_RESEND = 1 << (39 - 32)  # in flags2
 _OUT_HEADER = struct.Struct("<IiQ")  # struct fuse_out_header: len, error, unique
@@ -67,7 +62,6 @@ class FuseMount:
         self._init_file = init_file
         request = init_file.read_bytes()
         _require_init(request)
-        _allow_long_pipes()  # also for a mount of an older version, whose requests are long
         self.can_resend = _can_resend(request)
         (self._init_unique,) = _UNIQUE.unpack_from(request, _HEADER.size)
 
@@ -236,32 +230,10 @@ def _keep_init(descriptor: int, init_file: Path) -> None:
     _require_init(request)
     # libfuse answers with what was asked for, and the kernel takes the lesser of that and `_widen`
     struct.pack_into("<I", request, _INIT_READ_AHEAD, _READ_AHEAD_BYTES)
-    if not _allow_long_pipes():
-        (flags,) = struct.unpack_from("<I", request, _INIT_FLAGS_AT)
-        struct.pack_into("<I", request, _INIT_FLAGS_AT, flags & ~_FUSE_MAX_PAGES)
     partial = init_file.with_name(init_file.name + ".new")
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(request)
     partial.rename(init_file)
-
-
-def _allow_long_pipes() -> bool:
-    """Allow pipes as long as the longest request, also to `blockd`, which has no privilege for them.
-
-    libfuse takes a request into a pipe if the pipe may hold the longest; else it reads it into its
-    own memory, and a SIGKILL while the kernel copies into a page never touched before fails the
-    request with EIO, whoever else holds the connection (measured: SUPERVISOR.md). Returns whether
-    they are allowed; without, requests must be as short as the pipes that everybody may have.
-    """
-    try:
-        if int(_PIPE_MAX.read_text()) < _LONG_PIPE_BYTES:
-            _PIPE_MAX.write_text(str(_LONG_PIPE_BYTES))
-    except OSError as error:
-        log.warning(
-            "disks are slower: set the sysctl fs.pipe-max-size to %d (%s)", _LONG_PIPE_BYTES, error
-        )
-        return False
-    return True
 
 
 def _require_init(request: bytes | bytearray) -> None:
