@@ -121,9 +121,8 @@ async def _keep_export(target: Target, daemon: Tgt, listener: PokeListener) -> N
         await listener.wait()
 
 
-async def _serve(
-    configuration: Configuration, fuse_fd: int, ready_fd: int, exporting: bool
-) -> None:
+async def serve(configuration: Configuration, fuse_fd: int, ready_fd: int, exporting: bool) -> None:
+    """Serve until cancelled; say `R` on `ready_fd` once requests are answered."""
     directory = RunDirectory(configuration.run_dir)
     with PokeListener(directory.poke_socket) as listener:
         async with trio.open_nursery() as nursery:
@@ -157,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configuration = Configuration.model_validate_json(given.config_json.read_bytes())
     if (configuration.state_dir / "broken").exists():
         sys.exit(3)
-    trio.run(_serve, configuration, given.fuse_fd, given.ready_fd, given.export)
+    trio.run(serve, configuration, given.fuse_fd, given.ready_fd, given.export)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def _born(configuration: Configuration, descriptor: int) -> int:
     if pid == 0:
         os.close(reader)
         try:
-            trio.run(fuse_child._serve, configuration, descriptor, writer, False)
+            trio.run(fuse_child.serve, configuration, descriptor, writer, False)
         finally:
             os._exit(1)
     os.close(writer)
