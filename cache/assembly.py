@@ -1,9 +1,9 @@
 """Assembly: from the bytes of a source to a published image, all of it proven on the way."""
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import trio
 
@@ -13,7 +13,7 @@ from stratocache.cache.draft import Draft
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.images import ImageStore
-from stratocache.cache.ingestion import Batch, Consumer, chunks_of, chunks_of_sparse_file, ingest
+from stratocache.cache.ingestion import Batch, Step, chunks_of, chunks_of_sparse_file, ingest
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.promises import (
     FetchedImage,
@@ -50,7 +50,7 @@ class Assembly:
         """
         async with self._drafted(entry, there) as draft:
             make = self._from_raw if entry.format == "raw" else self._from_qcow2
-            sha256 = await make(source, entry, stage, self._guarded(draft.add, space), progress)
+            sha256 = await make(source, entry, stage, self._stored(draft, space), progress)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(stage.remove)
         return FetchedImage(entry.identifier, draft.size_bytes, sha256)
@@ -61,7 +61,7 @@ class Assembly:
     ) -> FetchedImage:  # fmt: skip
         """Prove and publish an image whose raw bytes come chunk by chunk; as `make` otherwise."""
         async with self._drafted(entry, there) as draft:
-            sink = self._guarded(draft.add, space)
+            sink = self._stored(draft, space)
             digests = await self._proven(chunks, entry, sink, progress)
         return FetchedImage(entry.identifier, entry.size_bytes, digests["sha256"])
 
@@ -82,20 +82,25 @@ class Assembly:
         self._images.finish(draft)
 
     async def _from_raw(
-        self, source: BinaryIO, entry: Entry, _stage: Stage, sink: Consumer, progress: Progress
+        self,
+        source: BinaryIO,
+        entry: Entry,
+        _stage: Stage,
+        sink: Sequence[Step],
+        progress: Progress,
     ) -> str:
         digests = await self._verified(source, entry, sink, progress)
         return digests["sha256"]
 
     async def _from_qcow2(
-        self, source: BinaryIO, entry: Entry, stage: Stage, sink: Consumer, progress: Progress
+        self, source: BinaryIO, entry: Entry, stage: Stage, sink: Sequence[Step], progress: Progress
     ) -> str:
         # Always a copy: what was hashed must be what is converted.
         with (
             full_disk_is_no_space(stage.directory),
             await trio.to_thread.run_sync(stage.container.open, "wb") as container,
         ):
-            copied = self._guarded(container.writelines, self._space)
+            copied = [self._guarded(container.writelines, self._space)]
             await self._verified(source, entry, copied, progress)
         size_bytes = await conversion.inspect(
             stage.container, image_bytes_max=self._image_bytes_max
@@ -110,7 +115,7 @@ class Assembly:
         return digests["sha256"]
 
     async def _verified(
-        self, source: BinaryIO, entry: Entry, sink: Consumer, progress: Progress
+        self, source: BinaryIO, entry: Entry, sink: Sequence[Step], progress: Progress
     ) -> dict[str, str]:
         """Give the decompressed source to `sink`; return its digests once all are as promised."""
         chunks = chunks_of(
@@ -119,7 +124,7 @@ class Assembly:
         return await self._proven(chunks, entry, sink, progress)
 
     async def _proven(
-        self, chunks: Iterator[bytes], entry: Entry, sink: Consumer, progress: Progress
+        self, chunks: Iterator[bytes], entry: Entry, sink: Sequence[Step], progress: Progress
     ) -> dict[str, str]:
         """Give all chunks to `sink`; return their digests once all are as promised."""
         size_bytes, digests = await ingest(
@@ -137,13 +142,16 @@ class Assembly:
             )
         return digests
 
-    def _guarded(self, sink: Callable[[Batch], object], space: CacheSpace) -> Consumer:
+    def _stored(self, draft: Draft, space: CacheSpace) -> list[Step]:
+        return [self._guarded(draft.record, space), draft.store]
+
+    def _guarded(self, sink: Step, space: CacheSpace) -> Step:
         """Return a sink that leaves the reserve alone and names a full disk."""
 
-        def guarded(batch: Batch) -> None:
+        def guarded(batch: Batch) -> Any:
             space.obtain_blocking(sum(map(len, batch)))
             with full_disk_is_no_space(space.directory):
-                sink(batch)
+                return sink(batch)
 
         return guarded
 

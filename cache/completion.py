@@ -17,7 +17,7 @@ from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified, OriginFailed, StratocacheError
 from stratocache.cache.image_reader import ImageReader
 from stratocache.cache.images import ImageStore
-from stratocache.cache.ingestion import Batch, ingest
+from stratocache.cache.ingestion import ingest
 from stratocache.cache.origin import Backoff
 from stratocache.cache.promises import FetchedImage, algorithms_of, broken_digest
 from stratocache.cache.streaming import CHUNK_MISMATCH
@@ -133,7 +133,7 @@ class Completion:
         """
         promised = entry.digests if entry.format == "raw" else {}
         size_bytes, digests = await ingest(
-            _chunks_of(reader), _keep_nothing, algorithms_of(promised), limiter=self._limiter,
+            _chunks_of(reader), (), algorithms_of(promised), limiter=self._limiter,
             progress=no_progress,
         )  # fmt: skip
         broken = broken_digest(promised, digests)
@@ -186,7 +186,3 @@ def _runs(indexes: Sequence[int]) -> Iterator[list[int]]:
 def _chunks_of(reader: ImageReader) -> Iterator[bytes]:
     for offset in range(0, reader.size_bytes, CHUNK_BYTES):
         yield reader.read_blocking(offset, CHUNK_BYTES)
-
-
-def _keep_nothing(_: Batch) -> None:
-    """Store nothing: the store has these chunks."""

@@ -12,7 +12,7 @@ _ZERO_CHUNK = bytes(CHUNK_BYTES)
 class Draft:
     """An image being made: chunks are added in order, then it is published or abandoned.
 
-    `add` and the ends run in threads, one at a time.
+    All run in threads, each one at a time; `record` and `store` may run beside each other.
     """
 
     def __init__(self, chunks: ChunkStore) -> None:
@@ -22,7 +22,14 @@ class Draft:
 
     def add(self, data: Sequence[bytes]) -> None:
         """Append chunks: of `CHUNK_BYTES`, only the image's last fewer. Raises `NoSpace`."""
-        stored = []
+        self.store(self.record(data))
+
+    def record(self, data: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+        """Append chunks that are to be stored next; return those worth storing, with digests.
+
+        The digests are on record before the chunks are in the store: removal looks at records.
+        """
+        named = []
         for chunk in data:
             if not chunk or len(chunk) > CHUNK_BYTES or self.size_bytes % CHUNK_BYTES:
                 raise ValueError(f"{len(chunk)} bytes do not fit at {self.size_bytes}")
@@ -32,9 +39,12 @@ class Draft:
             self._digests += digest
             self.size_bytes += len(chunk)
             if not zero:
-                stored.append((digest, chunk))
-        # The digests are on record before the chunks are in the store: removal looks at records.
-        self._chunks.put_all(stored)
+                named.append((digest, chunk))
+        return named
+
+    def store(self, named: Sequence[tuple[bytes, bytes]]) -> None:
+        """Store chunks that are on record. Raises `NoSpace`."""
+        self._chunks.put_all(named)
 
     def manifest(self) -> Manifest:
         """Return the manifest of what has been added."""

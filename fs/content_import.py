@@ -141,7 +141,7 @@ class Importer:
         limit = NotVerified("size-mismatch", "The file grew while it was read.")
         size_bytes = os.fstat(source.fileno()).st_size
         _, found = await ingest(
-            chunks_of(source, size_bytes, overlong=limit), _nothing, expected,
+            chunks_of(source, size_bytes, overlong=limit), (), expected,
             limiter=self._limiter, progress=_no_progress,
         )  # fmt: skip
         for name, digest in expected.items():
@@ -175,7 +175,7 @@ class Importer:
                         position += len(chunk)
                     file.truncate(position)
 
-            await ingest(chunks, write, (), limiter=self._limiter, progress=_no_progress)
+            await ingest(chunks, [write], (), limiter=self._limiter, progress=_no_progress)
 
     async def _convert(self, container: Path, image: Path) -> None:
         size_bytes = await conversion.inspect(container, image_bytes_max=self._image_bytes_max)
@@ -196,10 +196,6 @@ def _disk_bytes(request: ImportRequest, content_bytes: int) -> int:
 
 def _open(path: Path) -> BinaryIO:
     return path.open("rb", buffering=0)
-
-
-def _nothing(_: Batch) -> None:
-    """Keep nothing: only digests are wanted."""
 
 
 def _no_progress(_: int) -> None:

@@ -6,7 +6,7 @@ its metadata is returned, ready to be signed and published.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -18,7 +18,7 @@ from stratocache.cache.errors import Cancelled, Conflict
 from stratocache.cache.identifier import encode
 from stratocache.cache.image_reader import ImageReader
 from stratocache.cache.images import ImageStore
-from stratocache.cache.ingestion import Batch, Consumer, chunks_of_sparse_file, ingest
+from stratocache.cache.ingestion import Step, chunks_of_sparse_file, ingest
 from stratocache.cache.manifest import Manifest
 from stratocache.cache.publication import Description, Measurement
 from stratocache.fs import inventory
@@ -67,7 +67,7 @@ class Saving:
             return
         reader = await self._images.open_reader(snapshot.id)
         measurement = await self._measure(
-            _chunks_of_reader(reader), _ignore, snapshot.size_bytes, report
+            _chunks_of_reader(reader), (), snapshot.size_bytes, report
         )
         await self._publish(operation, request, _Saved(reader.manifest, measurement))
 
@@ -87,7 +87,10 @@ class Saving:
         draft = self._images.begin()
         try:
             measurement = await self._measure(
-                chunks_of_sparse_file(path), draft.add, snapshot.size_bytes, report
+                chunks_of_sparse_file(path),
+                [draft.record, draft.store],
+                snapshot.size_bytes,
+                report,
             )
             await self._publish(operation, request, _Saved(draft.manifest(), measurement))
         except BaseException:
@@ -97,7 +100,7 @@ class Saving:
         self._images.finish(draft)
 
     async def _measure(
-        self, chunks: Iterator[bytes], sink: Consumer, total_bytes: int, report: Report
+        self, chunks: Iterator[bytes], sink: Sequence[Step], total_bytes: int, report: Report
     ) -> Measurement:
         size_bytes, digests = await ingest(
             chunks, sink, _ALGORITHMS, limiter=self._limiter,
@@ -189,7 +192,3 @@ def _description(request: SaveRequest) -> Description:
 def _chunks_of_reader(reader: ImageReader) -> Iterator[bytes]:
     for offset in range(0, reader.size_bytes, CHUNK_BYTES):
         yield reader.read_blocking(offset, CHUNK_BYTES)
-
-
-def _ignore(_: Batch) -> None:
-    """Store nothing: the store has these chunks."""

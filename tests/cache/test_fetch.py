@@ -338,8 +338,9 @@ from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
 
 def progress(done, total):
-    print(done, flush=True)
-    sys.stdin.read()  # to be killed here
+    if done > int(sys.argv[3]):
+        print(done, flush=True)
+        sys.stdin.read()  # to be killed here
 
 async def main():
     configuration = Configuration(state_dir=Path(sys.argv[1]), space={"reserve_bytes": 0})
@@ -354,9 +355,11 @@ trio.run(main)
 """
 
 
-def _killed_at_first_progress(state_dir: Path, entry: Entry) -> None:
-    """Fetch in a process of its own and kill it where it first reports bytes."""
-    command = [sys.executable, "-c", KILLED, str(state_dir), entry.model_dump_json()]
+def _killed_at_progress(state_dir: Path, entry: Entry, done_bytes: int = 0) -> None:
+    """Fetch in a process of its own and kill it where it first reports more bytes than that."""
+    command = [
+        sys.executable, "-c", KILLED, str(state_dir), entry.model_dump_json(), str(done_bytes)
+    ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -375,7 +378,7 @@ def test_a_process_killed_while_it_downloads_continues(
     release = threading.Event()
     fault = Fault(cut_after_bytes=3 * MIB, hold=release)
     entry = _entry(image, origin.add("/source", Resource(image, faults=deque([fault]))))
-    _killed_at_first_progress(state_dir, entry)
+    _killed_at_progress(state_dir, entry)
     release.set()
     kept = (state_dir / "stage" / IDENTIFIER / "source.part").stat().st_size
 
@@ -394,10 +397,10 @@ def test_a_process_killed_while_it_stores_chunks_leaves_none(
     state_dir: Path, tmp_path: Path, keep: list[str]
 ) -> None:
     """After kill -9 the sweep removes the chunks of no image; the fetch works again."""
-    image = hashlib.shake_128(b"long").digest(16 * MIB)
+    image = hashlib.shake_128(b"long").digest(48 * MIB)
     (tmp_path / "source").write_bytes(image)
     entry = _entry(image, f"file://{tmp_path}/source")
-    _killed_at_first_progress(state_dir, entry)
+    _killed_at_progress(state_dir, entry, 40 * MIB)  # more than may wait to be stored
 
     host = Host(state_dir)
     assert len(host.leftovers()) > 1
