@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import sqlite3
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,13 +71,13 @@ class ChunkDisk(diskcache.Disk):  # type: ignore[misc]
         """Return diskcache's columns for a chunk that `write` has written."""
         return value.size_bytes, diskcache.core.MODE_BINARY, self.filename(key)[0], None
 
-    def write(self, key: bytes, data: bytes) -> None:
-        """Write a chunk's file under a temporary name and rename it."""
+    def write(self, key: bytes, data: bytes, write: Callable[[int, bytes], None]) -> None:
+        """Have `write` fill a file with a temporary name, and rename it to be a chunk's."""
         _, path = self.filename(key)
         temporary = f"{self._directory}/{INCOMING}/{key.hex()}.{next(self._serial)}"
         try:
             with open(temporary, "xb", buffering=0) as file:
-                _write_all(file.fileno(), data)
+                write(file.fileno(), data)
             try:
                 os.rename(temporary, path)
             except FileNotFoundError:
@@ -142,9 +143,3 @@ def _new_cache(directory: Path) -> Any:
         # no memory map: a file that is cut would end the process, not the statement
         sqlite_mmap_size=0,
     )
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

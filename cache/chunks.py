@@ -22,7 +22,7 @@ from typing import TypeVar
 from stratocache.cache.chunk_account import ROWS, ChunkAccount
 from stratocache.cache.chunkindex import INCOMING
 from stratocache.cache.errors import NotVerified
-from stratocache.cache.medium import read_medium
+from stratocache.cache.medium import read_medium, write_cached, write_medium
 from stratocache.cache.space import full_disk_is_no_space
 
 log = logging.getLogger(__name__)
@@ -120,10 +120,19 @@ class ChunkStore:
         A chunk of zeros is not stored. A file that is there but differs is written again. Raises
         `NoSpace` (`no-space`).
         """
-        return self.put_all([(digest, data)]) == 1
+        return self._put([(digest, data)], write_cached) == 1
 
     def put_all(self, chunks: Sequence[tuple[bytes, bytes]]) -> int:
-        """Store chunks, each given as digest and data, as `put` does; return how many were new."""
+        """Store chunks, each given as digest and data, as `put` does; return how many were new.
+
+        They go past the page cache: a whole image would push out of it what guests read, while a
+        single chunk is put because somebody waits for it.
+        """
+        return self._put(chunks, write_medium)
+
+    def _put(
+        self, chunks: Sequence[tuple[bytes, bytes]], write: Callable[[int, bytes], None]
+    ) -> int:
         stored = [(digest, data) for digest, data in chunks if digest != zero_digest(len(data))]
         with self._removal:
             for condemned in self._condemned:
@@ -132,7 +141,7 @@ class ChunkStore:
         with full_disk_is_no_space(self._directory):
             for digest, data in stored:
                 if not self._trusts(digest) and not self._holds(digest, data):
-                    self._disk.write(digest, data)
+                    self._disk.write(digest, data, write)
                     new += 1
         self._account.add(stored)
         return new
