@@ -26,6 +26,7 @@ from stratocache.fs.disk_io import DiskIo
 from stratocache.fs.disks import DiskStore
 from stratocache.fs.fuse_connection import serve_inherited
 from stratocache.fs.poke import PokeListener
+from stratocache.fs.resident import keep_resident
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.state import Database, record_event
 from stratocache.fs.tree import Tree
@@ -105,7 +106,7 @@ class Blockd:
 
     async def _keep_house(self, pokes: PokeListener, nursery: trio.Nursery) -> None:
         """Do everything else: imported now, in a thread, as guests wait for blocks alone."""
-        await trio.to_thread.run_sync(prepare)
+        await trio.to_thread.run_sync(importlib.import_module, _HOUSEKEEPING)
         from stratocache.fs.housekeeping import Housekeeping
 
         house = Housekeeping(
@@ -116,7 +117,8 @@ class Blockd:
 
 
 def prepare() -> None:
-    """Import what serving blocks does not need; a spare has the time, a late start has not."""
+    """Do what serving blocks does not need at once; a spare has the time, a late start has not."""
+    keep_resident()
     importlib.import_module(_HOUSEKEEPING)
 
 
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--fuse-fd", type=int, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
     options = parser.parse_args()
+    keep_resident()
     configuration = Configuration.model_validate_json(options.config_json.read_text())
     configure_log("blockd", configuration.log_level, configuration.log.format)
 

@@ -9,29 +9,15 @@ What follows for `operations`: requests that a predecessor had read arrive again
 be repeated; inode and handle numbers and lookup counts mean the same in every process.
 """
 
-import ctypes
-import logging
 import os
-import re
-import resource
 import socket
-from pathlib import Path
 
 import pyfuse3
 import trio
 
-log = logging.getLogger(__name__)
-
 _REQUESTS_MAX = 4096
 """Answered side by side: reads of an image whose origin says nothing wait for up to half a minute,
 and must not keep others from being read. A waiting one costs 20 KiB."""
-_BUFFER_BYTES = 257 * 4096
-"""What libfuse allocates for each request that is being answered: 1 MiB and the head."""
-_BUFFERS_TOUCHED = 8
-_KEPT_FREE_BYTES = 64 * 1024**2
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
-_CAP_IPC_LOCK = 14
 
 
 async def serve_inherited(
@@ -47,10 +33,9 @@ async def serve_inherited(
     `descriptor` is an inherited `/dev/fuse`, `init_request` what
     the file `RunDirectory.init_request` holds, `options` go to libfuse (`debug`). Reports
     to `task_status` when the first request can be answered. The mount itself stays as it is.
-    Raises `RuntimeError` when libfuse refuses the descriptor.
+    Raises `RuntimeError` when libfuse refuses the descriptor. Memory that requests are copied into
+    must be resident before: `stratocache.fs.resident`.
     """
-    lock_memory()
-    touch_buffers()
     kernel = os.dup(descriptor)
     feed, fed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     inherited_init = operations.init
@@ -71,51 +56,3 @@ async def serve_inherited(
         finally:
             pyfuse3.close(unmount=False)
             os.close(kernel)
-
-
-def lock_memory() -> bool:
-    """Keep in memory whatever this process has touched, now or later; return whether that worked.
-
-    A SIGKILL that arrives while the kernel copies a request into a page that is not resident can
-    fail the request instead of keeping it for whoever comes next. Pages are locked when they are
-    first touched (MCL_ONFAULT): filling each mapping at once took 0.2 s per thread. Does nothing
-    where locked memory is limited: later allocations would fail.
-    """
-    if not _may_lock():
-        log.warning("locked memory is limited; a kill may fail a request in rare cases")
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
-        log.warning("mlockall: %s", os.strerror(ctypes.get_errno()))
-        return False
-    return True
-
-
-def touch_buffers() -> None:
-    """Bring in the memory that libfuse's first buffers will have, in the thread that serves.
-
-    The kernel takes a request off its queue and copies it to the reader; when that fails because the
-    reader is killed while a page that it never touched is brought in, the request fails, with EIO.
-    Fresh buffers are such pages (SUPERVISOR.md). Freed blocks of this size go back to the heap, not
-    to the system, and libfuse is given them next.
-    """
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.mallopt(_M_MMAP_THRESHOLD, 2 * _BUFFER_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
-    buffers = [libc.malloc(_BUFFER_BYTES) for _ in range(_BUFFERS_TOUCHED)]
-    for buffer in buffers:
-        if buffer is not None:
-            ctypes.memset(buffer, 0, _BUFFER_BYTES)
-        libc.free(buffer)
-
-
-def _may_lock() -> bool:
-    """Whether locked memory has no limit: by its resource limit, or by CAP_IPC_LOCK."""
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
-        return True
-    found = re.search(
-        r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE
-    )
-    return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)

@@ -25,11 +25,12 @@ from stratocache.cache.errors import StratocacheError
 from stratocache.fs.fuse_connection import serve_inherited
 from stratocache.fs.poke import PokeListener
 from stratocache.fs.portal import Portal
+from stratocache.fs.resident import keep_resident
 from stratocache.fs.run_directory import RunDirectory
 from stratocache.fs.target import Target, iqn_of, serial_of
 from stratocache.fs.tgt import Tgt
 
-DISK_BYTES = 8 * 1024**2
+DISK_BYTES = 16 * 1024**2
 _LOOK_INTERVAL_S = 0.01
 STALLED_AT = DISK_BYTES - 4096
 _INODES = {b"disk": pyfuse3.InodeT(2), b"image": pyfuse3.InodeT(3)}
@@ -123,6 +124,7 @@ async def _keep_export(target: Target, daemon: Tgt, listener: PokeListener) -> N
 
 async def serve(configuration: Configuration, fuse_fd: int, ready_fd: int, exporting: bool) -> None:
     """Serve until cancelled; say `R` on `ready_fd` once requests are answered."""
+    keep_resident()
     directory = RunDirectory(configuration.run_dir)
     with PokeListener(directory.poke_socket) as listener:
         async with trio.open_nursery() as nursery:
