@@ -3,13 +3,13 @@
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import trio
 
 from stratocache.cache import conversion
 from stratocache.cache.decompression import decompressed
-from stratocache.cache.draft import Draft
+from stratocache.cache.draft import Draft, NamedChunk
 from stratocache.cache.entry import Entry
 from stratocache.cache.errors import NotVerified
 from stratocache.cache.images import ImageStore
@@ -100,8 +100,12 @@ class Assembly:
             full_disk_is_no_space(stage.directory),
             await trio.to_thread.run_sync(stage.container.open, "wb") as container,
         ):
-            copied = [self._guarded(container.writelines, self._space)]
-            await self._verified(source, entry, copied, progress)
+
+            def copy(batch: Batch) -> None:
+                self._space.obtain_blocking(sum(map(len, batch)))
+                container.writelines(batch)
+
+            await self._verified(source, entry, [copy], progress)
         size_bytes = await conversion.inspect(
             stage.container, image_bytes_max=self._image_bytes_max
         )
@@ -143,17 +147,13 @@ class Assembly:
         return digests
 
     def _stored(self, draft: Draft, space: CacheSpace) -> list[Step]:
-        return [self._guarded(draft.record, space), draft.store]
+        """Return the steps that store chunks; room is asked for when it is used, not before."""
 
-    def _guarded(self, sink: Step, space: CacheSpace) -> Step:
-        """Return a sink that leaves the reserve alone and names a full disk."""
+        def store(named: list[NamedChunk]) -> None:
+            space.obtain_blocking(sum(len(chunk) for _, chunk in named))
+            draft.store(named)
 
-        def guarded(batch: Batch) -> Any:
-            space.obtain_blocking(sum(map(len, batch)))
-            with full_disk_is_no_space(space.directory):
-                return sink(batch)
-
-        return guarded
+        return [draft.record, store]
 
 
 def no_progress(_: int) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from stratocache.cache.chunks import CHUNK_BYTES, DIGEST_BYTES, ChunkStore, zero_digest
 from stratocache.cache.manifest import Manifest
 
+NamedChunk = tuple[bytes, bytes]
+"""A chunk after its digest."""
+
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 
 
@@ -24,7 +27,7 @@ class Draft:
         """Append chunks: of `CHUNK_BYTES`, only the image's last fewer. Raises `NoSpace`."""
         self.store(self.record(data))
 
-    def record(self, data: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    def record(self, data: Sequence[bytes]) -> list[NamedChunk]:
         """Append chunks that are to be stored next; return those worth storing, with digests.
 
         The digests are on record before the chunks are in the store: removal looks at records.
@@ -42,7 +45,7 @@ class Draft:
                 named.append((digest, chunk))
         return named
 
-    def store(self, named: Sequence[tuple[bytes, bytes]]) -> None:
+    def store(self, named: Sequence[NamedChunk]) -> None:
         """Store chunks that are on record. Raises `NoSpace`."""
         self._chunks.put_all(named)
 

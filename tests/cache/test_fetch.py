@@ -35,6 +35,7 @@ from stratocache.cache.fetch import Fetcher
 from stratocache.cache.images import ImageStore
 from stratocache.cache.origin import Backoff
 from stratocache.cache.promises import FetchedImage
+from stratocache.cache.room import CacheSpace
 
 MIB = 1024**2
 IDENTIFIER = "MMZu9WvwKIro-rtBQfDk4PsKO7_"
@@ -619,6 +620,26 @@ def test_the_reserve_is_left_alone(state_dir: Path, origin: OriginServer) -> Non
     assert (kind, code) == (NoSpace, "no-space")
     assert host.progress == []
     host.close()
+
+
+def test_room_is_asked_for_when_it_is_used(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks has stored all that it asked for before; zeros need no room."""
+    image = hashlib.shake_128(b"room").digest(24 * MIB) + bytes(8 * MIB)
+    (tmp_path / "source").write_bytes(image)
+    asked: list[int] = []
+    ahead: list[int] = []
+
+    def obtain(_: CacheSpace, size_bytes: int) -> None:
+        ahead.append(sum(asked) - host.chunks.statistics().size_bytes)
+        asked.append(size_bytes)
+
+    monkeypatch.setattr(CacheSpace, "obtain_blocking", obtain)
+    host.fetch(_entry(image, f"file://{tmp_path}/source"))
+
+    assert set(ahead) == {0}
+    assert sum(asked) == 24 * MIB
 
 
 @pytest.fixture

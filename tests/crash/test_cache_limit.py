@@ -30,7 +30,7 @@ IMAGE_CHUNKS = LIMIT_BYTES * 16 // 100 // CHUNK_BYTES
 FITTING = LIMIT_BYTES // (IMAGE_CHUNKS * CHUNK_BYTES)
 HELD_MAX = 2
 """Launches that one client leaves running: their images stay."""
-BATCH_CHUNKS = 16
+BATCH_CHUNKS = 8
 """What a fetch asks room for at a time."""
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600 + 3 * SECONDS)]
