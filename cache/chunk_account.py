@@ -12,7 +12,14 @@ from typing import TypeVar
 
 import diskcache
 
-from stratocache.cache.chunkindex import ChunkDisk, Written, discard_index, is_damage, open_index
+from stratocache.cache.chunkindex import (
+    ChunkDisk,
+    Written,
+    damage,
+    discard_index,
+    is_damage,
+    open_index,
+)
 from stratocache.cache.space import full_disk_is_no_space
 
 log = logging.getLogger(__name__)
@@ -72,7 +79,7 @@ class ChunkAccount:
 
     def totals(self) -> tuple[int, int]:
         """Return how many chunks there are, and their bytes."""
-        return self._index(lambda: (len(self._cache), self._cache.reset("size")))
+        return self._index(self._totals)
 
     def reconcile(self) -> None:
         """Make the account agree with the files: rows without a file go, files get their row."""
@@ -87,6 +94,12 @@ class ChunkAccount:
         """Close the index."""
         self._index(self._cache.close)
         self._indexer.shutdown()
+
+    def _totals(self) -> tuple[int, int]:
+        chunks, size_bytes = self._cache.reset("count"), self._cache.reset("size")
+        if not (isinstance(chunks, int) and isinstance(size_bytes, int)):
+            raise damage(f"{chunks!r} chunks have {size_bytes!r} bytes")
+        return chunks, size_bytes
 
     def _index(self, operation: Callable[[], _T]) -> _T:
         """Run an operation on diskcache in the thread that has its connection."""

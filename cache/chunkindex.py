@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import diskcache
 
@@ -54,13 +54,15 @@ class ChunkDisk(diskcache.Disk):  # type: ignore[misc]
 
     def put(self, key: bytes) -> tuple[sqlite3.Binary, bool]:
         """Return the database form of a digest."""
-        if not isinstance(key, bytes) or len(key) != _DIGEST_BYTES:
+        if not is_digest(key):
             raise TypeError(f"a chunk's key is {_DIGEST_BYTES} bytes of digest")
         return sqlite3.Binary(key), True
 
-    def get(self, key: bytes, raw: bool) -> bytes:
-        """Return the digest that a database key holds."""
-        return bytes(key)
+    def get(self, key: object, raw: bool) -> bytes:
+        """Return the digest that a database key holds; raises `sqlite3.DatabaseError` if none."""
+        if not is_digest(key):
+            raise damage(f"the key {key!r} is no digest")
+        return key
 
     def filename(self, key: bytes, value: object = None) -> tuple[str, str]:
         """Return a digest's file name, relative and absolute."""
@@ -116,6 +118,18 @@ def discard_index(directory: Path) -> None:
     """Remove an index, which must be closed."""
     for path in directory.glob("cache.db*"):
         path.unlink(missing_ok=True)
+
+
+def is_digest(key: object) -> TypeGuard[bytes]:
+    """Tell whether a database key can be a chunk's: rotten pages may be well-formed rows."""
+    return isinstance(key, bytes) and len(key) == _DIGEST_BYTES
+
+
+def damage(message: str) -> sqlite3.DatabaseError:
+    """Return the error of an index whose file is well-formed, and whose rows cannot be ours."""
+    error = sqlite3.DatabaseError(message)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
 
 
 def is_damage(error: sqlite3.DatabaseError | diskcache.Timeout) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stratocache.cache import seals
-from stratocache.cache.chunkindex import INCOMING, chunk_file
+from stratocache.cache.chunkindex import INCOMING, chunk_file, is_digest
 from stratocache.cache.chunks import DIGEST_BYTES
 from stratocache.cache.configuration import Configuration
 from stratocache.cache.errors import Conflict, NotVerified
@@ -288,6 +288,7 @@ def _index_rows(path: Path) -> Iterator[tuple[bytes, int]]:
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as index:
             for key, size_bytes in index.execute("SELECT key, size FROM Cache"):
-                yield bytes(key), size_bytes
+                if is_digest(key):
+                    yield key, size_bytes
     except sqlite3.Error:
         return

@@ -5,6 +5,7 @@ import hashlib
 import os
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import diskcache
@@ -298,6 +299,40 @@ def test_the_index_has_no_pickles_and_evicts_nothing(chunks: ChunkStore, state_d
 
 
 @pytest.mark.parametrize("reopened", [True, False])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE Cache SET key = NULL WHERE rowid = 2",
+        "UPDATE Cache SET key = 5 WHERE rowid = 2",
+        "UPDATE Cache SET key = 'a text' WHERE rowid = 2",
+        "UPDATE Cache SET key = x'00ff' WHERE rowid = 2",
+        "UPDATE Cache SET size = NULL WHERE rowid = 2",
+        "UPDATE Settings SET value = NULL WHERE key = 'size'",
+        "UPDATE Settings SET value = 'many' WHERE key = 'count'",
+    ],
+)
+def test_rows_that_cannot_be_ours_are_damage(
+    state_dir: Path, statement: str, reopened: bool
+) -> None:
+    """Rot that leaves a well-formed database behind is noticed as well: the index is made again."""
+    pieces = [_chunk(seed, 500 + seed) for seed in range(5)]
+    store = ChunkStore(state_dir / "chunks")
+    store.put_all(pieces)
+    if reopened:
+        store.close()
+    with closing(sqlite3.connect(state_dir / "chunks" / "cache.db")) as index, index:
+        index.execute(statement)
+    if reopened:
+        store = ChunkStore(state_dir / "chunks")
+    store.reconcile()
+    statistics = store.statistics()
+    assert (statistics.chunks, statistics.size_bytes) == (5, sum(500 + seed for seed in range(5)))
+    assert store.remove({pieces[0][0]}) == 1
+    assert store.statistics().chunks == 4
+    store.close()
+
+
+@pytest.mark.parametrize("reopened", [True, False])
 def test_an_index_that_rots_anywhere_costs_nothing(state_dir: Path, reopened: bool) -> None:
     """Whichever page of the index is hurt, below an open store or a closed one, chunks can be put
     and removed, and the account is that of the files."""
@@ -309,7 +344,8 @@ def test_an_index_that_rots_anywhere_costs_nothing(state_dir: Path, reopened: bo
     whole = index.read_bytes()
     hurt = [whole[:0], whole[:5000], os.urandom(len(whole))]
     for page in range(0, len(whole), 4096):
-        hurt.append(whole[:page] + os.urandom(4096) + whole[page + 4096 :])
+        for content in (os.urandom(4096), bytes(4096), whole[:4096]):
+            hurt.append(whole[:page] + content + whole[page + 4096 :])
     for number, content in enumerate(hurt):
         fresh = _chunk(1000 + number, 600)
         if reopened:
