@@ -129,9 +129,9 @@ def main() -> None:
     parser.add_argument("--fuse-fd", type=int, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
     options = parser.parse_args()
-    keep_resident()
     configuration = Configuration.model_validate_json(options.config_json.read_text())
     configure_log("blockd", configuration.log_level, configuration.log.format)
+    keep_resident()  # a spare has done so
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each open chunk is a descriptor

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import threading
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ _CAP_IPC_LOCK = 14
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def keep_resident() -> bool:
-    """Have all memory of this process in RAM, now and when it grows (mlockall(2)); return whether.
+@cache
+def keep_resident() -> None:
+    """Have all memory of this process in RAM, now and when it grows (mlockall(2)); once.
 
     Blocks up to 2 MiB come from one heap and go back to it, so that libfuse's buffers and chunks
     are brought in once. Threads that exist have their stacks brought in whole: call this before
@@ -36,15 +38,13 @@ def keep_resident() -> bool:
     """
     if not _may_lock():
         log.warning("locked memory is limited; a kill may fail a request in rare cases")
-        return False
+        return
     _LIBC.mallopt(_M_ARENA_MAX, 1)
     _LIBC.mallopt(_M_MMAP_THRESHOLD, _HEAP_BYTES_MAX)
     _LIBC.mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
     threading.stack_size(_STACK_BYTES)
     if _LIBC.mlockall(_MCL_CURRENT | _MCL_FUTURE):
         log.warning("mlockall: %s", os.strerror(ctypes.get_errno()))
-        return False
-    return True
 
 
 def _may_lock() -> bool:

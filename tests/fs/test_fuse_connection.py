@@ -153,7 +153,7 @@ def test_server_that_dies_before_its_first_answer_harms_nobody(connection: Conne
 
 
 def test_server_killed_amid_its_first_requests_fails_none(tmp_path: Path) -> None:
-    """However young servers are killed, no request fails: what it is copied into was touched."""
+    """However young servers are killed, no request fails: what it is copied into is in memory."""
     done = tmp_path / "done"
     with connected(tmp_path) as connection:
         disk, descriptor = connection.directory.blocks / "disk", connection.mount.descriptor
